@@ -1,0 +1,1132 @@
+"""CMAE-V: contrastive masked autoencoders for video, in one module (arXiv 2301.06018).
+
+Read it beside the paper, from top to bottom, in the order in which the data flows:
+
+     1  video in              exact frames from files and folders; lists; the temporal shift; the dataset
+     2  tube mask             which 90 % of the cubes the online encoder does not see
+     3  encoders              ViT and ConvViT: encoder(clip, mask) -> tokens
+     4  decoder and heads     pixel decoder; projector and predictor with global batch statistics
+     5  losses                equations 4, 5 and 7
+     6  CMAE-V                equations 1 to 8 in one forward; the momentum step
+     7  classifier            mean pool, norm, head
+     8  weights               the encoder alone, under VideoMAE's key names
+     9  training              what the scripts share: settings, ranks, AMP, schedule, checkpoints, log
+    10  demo                  a small labelled set of real video files, made on the spot
+
+Where a number comes from stands beside it: [paper], [VideoMAE], [CMAE] and [ConvMAE] are the paper and the public
+code of the methods that it builds on; [choice] is ours, where all of them are silent.
+
+Shapes: B clips, T frames, H x W pixels; N tokens, N_v of them visible and N_m masked; D the encoder's width.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from bisect import bisect_right
+from collections import deque
+from copy import deepcopy
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in VideoMAE
+VIDEO_SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+class CMAEVError(ValueError):
+    """Something that the user can put right. Its message is one line: what was wrong, where, and what to do."""
+
+
+# =====================================================================================================================
+# 1  Video in
+# =====================================================================================================================
+
+
+class Video:
+    """A video as an exact sequence of frames: frame i is the i-th frame that a player would show.
+
+    `path` is a file in any format that FFmpeg reads, or a folder of JPEG or PNG frames in natural order
+    (img_2 before img_10). A file's packets are read once, without decoding: their timestamps, sorted, are the frames.
+    Raises CMAEVError for what cannot be opened or has no frames.
+    """
+
+    def __init__(self, path):
+        self.path = str(path)
+        if os.path.isdir(path):
+            names = [name for name in os.listdir(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+            numbers_as_numbers = lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
+            self.images = [os.path.join(path, name) for name in sorted(names, key=numbers_as_numbers)]
+            self.length = len(self.images)
+        else:
+            self.images = None
+            self._open()
+            self._index()
+        if self.length == 0:
+            raise CMAEVError(f"{path}: no frames in it: give a video file, or a folder of .jpg or .png frames")
+
+    def __len__(self):
+        return self.length
+
+    def read(self, indices):
+        """The frames at `indices` (integers in [0, len), in any order, repeats allowed) -> uint8 RGB [T, H, W, 3].
+
+        Decodes each frame at most once, and turns it upright where the file says that it was filmed rotated.
+        """
+        indices = [int(i) for i in indices]
+        wanted = sorted(set(indices))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= self.length:
+            raise CMAEVError(f"{self.path}: has frames 0 to {self.length - 1}, asked for {wanted or 'none'}")
+        decode = self._read_images if self.images else self._read_file
+        try:
+            frames = dict(decode(wanted))
+            return torch.stack([frames[i] for i in indices])
+        except (av.error.FFmpegError, OSError, RuntimeError) as error:
+            raise CMAEVError(f"{self.path}: cannot be decoded: {one_line(error)}") from None
+
+    def _read_images(self, wanted):
+        for i in wanted:
+            yield i, decode_image(self.images[i], ImageReadMode.RGB).permute(1, 2, 0)
+
+    def _open(self):
+        try:
+            self.container = av.open(self.path)
+        except (av.error.FFmpegError, OSError) as error:
+            raise CMAEVError(f"{self.path}: cannot be opened as a video: {one_line(error)}") from None
+        if not self.container.streams.video:
+            raise CMAEVError(f"{self.path}: has no video stream: take it off the list")
+        self.stream = self.container.streams.video[0]
+        self.stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+
+    def _index(self):
+        """Sorted timestamps of the shown frames and of the key frames, from the packets alone.
+
+        Packets that an edit list discards are decoded but not shown. Where packets have no timestamps (raw streams),
+        the frames are counted by decoding, and `pts` is None.
+        """
+        packets = [packet for packet in self.container.demux(self.stream) if packet.size]
+        shown = [packet.pts for packet in packets if not packet.is_discard]
+        if None in shown or len(set(shown)) < len(shown):
+            self.pts = None
+            self._open()
+            self.length = sum(1 for _ in self.container.decode(self.stream))
+        else:
+            self.pts = sorted(shown)
+            self.position = {pts: i for i, pts in enumerate(self.pts)}
+            self.keys = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
+            self.length = len(self.pts)
+
+    def _read_file(self, wanted):
+        """Seek to the key frame before, decode forward once, convert only the frames asked for."""
+        wanted, seek = deque(wanted), self.pts is not None
+        while wanted:
+            first = wanted[0]
+            for i, frame in self._decode(self._key_before(first) if seek else None):
+                if i > wanted[0]:
+                    break
+                if i == wanted[0]:
+                    yield wanted.popleft(), upright(frame)
+                if not wanted or seek and self._saves_decoding(self._key_before(wanted[0]), i):
+                    break
+            if wanted and wanted[0] == first:  # not found: the file's key frame flags or its index are off
+                if not seek:
+                    raise CMAEVError(f"{self.path}: frame {first} of {self.length} cannot be decoded: damaged?")
+                seek = False
+
+    def _decode(self, key):
+        """Decoded frames with their numbers, from the key frame of timestamp `key`, or from the start (None)."""
+        if key is None:
+            self._open()
+        else:
+            self.container.seek(key, stream=self.stream)
+        for count, frame in enumerate(self.container.decode(self.stream)):
+            yield count if self.pts is None else self.position.get(frame.pts, -1), frame
+
+    def _key_before(self, i):
+        k = bisect_right(self.keys, self.pts[i])
+        return self.keys[k - 1] if k else None
+
+    def _saves_decoding(self, key, i):
+        """Whether `key` is further from frame i than the 16 frames that a decoder can be ahead of what it shows."""
+        return key is not None and key > self.pts[min(i + 16, self.length - 1)]
+
+
+def upright(frame):
+    """A decoded av.VideoFrame -> uint8 RGB tensor [H, W, 3], turned by the rotation that the file asks for."""
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    return image.rot90(round(frame.rotation / 90))
+
+
+def one_line(error):
+    """The last line of an exception's message: what it says, without a traceback that a worker put before it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("cmaev.CMAEVError: ")
+
+
+def read_list(path):
+    """A list file or a folder of class folders -> [(path of a video or of a folder of frames, label or None)].
+
+    A list has one video a line: `path label`, `path,label`, VideoMAE's `path frames label` or `path` alone, label an
+    integer. Paths may hold spaces; relative ones are relative to the list. In a folder, `root/class/*.mp4` (or folders
+    of frames), the labels number the class folders in alphabetical order.
+    Raises CMAEVError, with the line's number, for a bad line or a path that does not exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        videos = _read_class_folders(path)
+    elif path.is_file():
+        videos = _read_list_file(path)
+    else:
+        raise CMAEVError(f"{path}: no such list or folder: give a text file, one `path label` a line, or class folders")
+    if not videos:
+        raise CMAEVError(f"{path}: no videos in it: give one `path label` a line, or class folders of video files")
+    return videos
+
+
+def _read_class_folders(root):
+    classes = sorted(entry for entry in root.iterdir() if entry.is_dir())
+    is_video = lambda entry: entry.is_dir() or entry.suffix.lower() in VIDEO_SUFFIXES
+    return [(str(v), label) for label, c in enumerate(classes) for v in sorted(c.iterdir()) if is_video(v)]
+
+
+def _read_list_file(path):
+    videos, listings = [], {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            name, label = _split_line(line.strip())
+            if not _exists(path.parent / name, listings):
+                without_frames, frames = _split_line(name)
+                if frames is None or not _exists(path.parent / without_frames, listings):
+                    raise CMAEVError(f"{path.parent / name} does not exist")
+                name = without_frames
+        except CMAEVError as error:
+            raise CMAEVError(f"{path}, line {number}: {error}: correct the line or take it out") from None
+        videos.append((str(path.parent / name), label))
+    return videos
+
+
+def _split_line(line):
+    for separator in (",", None):
+        name, *label = [part.strip() for part in line.rsplit(separator, 1)]
+        if label and re.fullmatch(r"-?\d+", label[0]):
+            return name, int(label[0])
+        if label and Path(name).suffix.lower() in VIDEO_SUFFIXES:
+            raise CMAEVError(f"label {label[0]!r} is no integer")
+    return line, None
+
+
+def _exists(path, listings):
+    """Lists each folder once: on a network disk far quicker than asking for every file."""
+    if path.parent not in listings:
+        listings[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+    return path.name in listings[path.parent] or path.exists()
+
+
+def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
+    """Frame numbers of the two views of one video (paper, section 3) -> (online, target), int64 [frames] each.
+
+    Online: t1 + i * rate for i in 0 .. frames - 1. Target: the same plus delta, uniform on {0, ..., max_shift}. t1 is
+    uniform over every start at which both views fit; past the end of a shorter video, its last frame repeats [VideoMAE].
+    """
+    delta = torch.randint(max_shift + 1, (), generator=generator)
+    starts = num_frames - ((frames - 1) * rate + int(delta))
+    t1 = torch.randint(max(starts, 1), (), generator=generator)
+    online = t1 + rate * torch.arange(frames)
+    return online.clamp(max=num_frames - 1), (online + delta).clamp(max=num_frames - 1)
+
+
+def multi_scale_crop(height, width, generator=None):
+    """One random crop -> (top, left, height, width) in pixels [VideoMAE's multi-scale crop].
+
+    Its sides are two scales of the short side, at most one step apart; its place is one of 13: the corners, the
+    centre, the middles of the edges and the quarter points of the free room.
+    """
+    sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
+    sizes = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+    places = [(y, x) for y in range(5) for x in range(5) if y % 2 == x % 2]  # in quarters of the free room
+    h, w = sizes[torch.randint(len(sizes), (), generator=generator)]
+    y, x = places[torch.randint(len(places), (), generator=generator)]
+    return (height - h) * y // 4, (width - w) * x // 4, h, w
+
+
+def color_augmentation():
+    """CMAE's colour augmentation of the target view: one draw for all frames of a clip, uint8 [T, 3, H, W]."""
+    return v2.Compose([
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+        v2.RandomApply([v2.GaussianBlur(13, sigma=(0.1, 2.0))], p=0.5),  # 13 = 3 sigma to either side
+    ])
+
+
+@contextlib.contextmanager
+def seeded(*key):
+    """torch's CPU generator, seeded from the integers `key` inside the block and as it was after it.
+
+    It is the global one because torchvision's transforms draw from that.
+    """
+    with torch.random.fork_rng(devices=[]):
+        seed = np.random.SeedSequence(key).generate_state(1, np.uint64)
+        yield torch.default_generator.manual_seed(int(seed[0]))
+
+
+class PretrainClips(Dataset):
+    """The two views of each video and their tube mask. Sample (epoch, index) is a pure function of (seed, epoch, index).
+
+    `videos` is read_list's; `grid` the encoder's token grid. `repeats` clips, each with its own start, shift, crop and
+    mask, come out of one opened video [mae_st]. dataset[epoch, index] is a dict, R = repeats, S = size:
+        online  uint8 [R, T, 3, S, S]   the view to be masked
+        target  uint8 [R, T, 3, S, S]   the shifted, colour-augmented view; absent without `two_views`
+        mask    bool [R, N]             True = masked
+    """
+
+    def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
+                 two_views=True, color_augment=True):
+        self.videos, self.grid, self.mask_ratio, self.repeats, self.seed = videos, grid, mask_ratio, repeats, seed
+        self.frames, self.rate, self.max_shift, self.size, self.two_views = frames, rate, max_shift, size, two_views
+        self.color_augment = color_augmentation() if color_augment else nn.Identity()
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        video = Video(self.videos[index][0])
+        with seeded(self.seed, epoch, index) as generator:
+            shifted = lambda: temporal_shift_indices(len(video), self.frames, self.rate, self.max_shift, generator)
+            indices = torch.stack([torch.stack(shifted()) for _ in range(self.repeats)])  # [R, 2, T]
+            if not self.two_views:
+                indices = indices[:, :1]
+            frames = video.read(indices.flatten())
+            views = frames.unflatten(0, indices.shape)  # [R, 2, T, H, W, 3]: one decoding pass for all of them
+            views = torch.stack([self.crop(clip, generator) for clip in views])
+            sample = {"online": views[:, 0], "mask": tube_mask(self.repeats, self.grid, self.mask_ratio, generator)}
+            if self.two_views:
+                sample["target"] = torch.stack([self.color_augment(clip) for clip in views[:, 1]])
+        return sample
+
+    def crop(self, views, generator):
+        """Both views of a clip under one random crop: uint8 [2, T, H, W, 3] -> [2, T, 3, S, S]."""
+        top, left, height, width = multi_scale_crop(*views.shape[2:4], generator)
+        views = views[:, :, top:top + height, left:left + width].movedim(-1, 2)
+        return v2.functional.resize(views, [self.size, self.size], antialias=True)
+
+
+def normalize(clips):
+    """uint8 [B, T, 3, H, W] as the dataset gives it -> float32 [B, 3, T, H, W] as the models take it."""
+    mean, std = (torch.tensor(v, device=clips.device).view(3, 1, 1) for v in (MEAN, STD))
+    return ((clips / 255 - mean) / std).transpose(1, 2)
+
+
+# =====================================================================================================================
+# 2  Tube mask
+# =====================================================================================================================
+
+
+def tube_mask(batch, grid, ratio, generator=None):
+    """One random spatial mask a clip, repeated over time [VideoMAE] -> bool [batch, N], True = masked.
+
+    `grid` is the encoder's (T', H', W'), N = T' H' W'; of the H' W' positions, int(ratio H' W') are masked.
+    """
+    time_steps, positions = grid[0], grid[1] * grid[2]
+    masked = int(ratio * positions)
+    if not 0 < masked < positions:
+        raise CMAEVError(f"mask ratio {ratio} masks {masked} of {positions} positions: some, but not all, must be masked")
+    rank = torch.rand(batch, positions, generator=generator).argsort(dim=1).argsort(dim=1)
+    return (rank < masked).repeat(1, time_steps)
+
+
+def split_tokens(mask):
+    """bool [B, N] -> token numbers in token order: visible [B, N_v], masked [B, N_m].
+
+    A mask on the CPU costs no synchronisation with the device: the counts are known to the host.
+    """
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) > 1:
+        raise CMAEVError(f"a mask hides {min(counts)} to {max(counts)} tokens: all clips of a batch must have the same")
+    return mask.byte().argsort(dim=1, stable=True).split([mask.shape[1] - counts[0], counts[0]], dim=1)
+
+
+def take(tokens, numbers):
+    """The tokens of the given numbers: [B, N, ...], [B, K] -> [B, K, ...]."""
+    numbers = numbers.to(tokens.device, non_blocking=True)
+    return tokens.gather(1, numbers.view(*numbers.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:]))
+
+
+# =====================================================================================================================
+# 3  Encoders
+# =====================================================================================================================
+
+ENCODERS = {
+    "vit_tiny": dict(width=192, depth=6, heads=3),  # [choice], for the demo
+    "vit_small": dict(width=384, depth=12, heads=6),
+    "vit_base": dict(width=768, depth=12, heads=12),
+    "vit_large": dict(width=1024, depth=24, heads=16),
+    "convvit_tiny": dict(widths=(48, 96, 192), depths=(1, 1, 5), heads=3),  # [choice], vit_tiny's ConvViT
+    "convvit_base": dict(widths=(256, 384, 768), depths=(2, 2, 11), heads=12),
+}
+
+
+def build_encoder(name, **geometry):
+    """An encoder of ENCODERS for clips of a geometry: frames, size, tubelet, patch."""
+    if name not in ENCODERS:
+        raise CMAEVError(f"no encoder {name!r}: there are {', '.join(ENCODERS)}")
+    return (ConvViT if name.startswith("convvit") else VisionTransformer)(**ENCODERS[name], **geometry)
+
+
+def token_grid(frames, size, tubelet, patch):
+    """Clip geometry -> grid (T / tubelet, H / patch, W / patch). `size` is H = W or (H, W)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if frames % tubelet or height % patch or width % patch:
+        raise CMAEVError(f"a clip of {frames} frames of {height}x{width} pixels does not divide into cubes of {tubelet} "
+                         f"frames of {patch}x{patch}: choose multiples")
+    return frames // tubelet, height // patch, width // patch
+
+
+def cubes(clip, grid):
+    """Cuts a clip into the cubes of a grid, one a token: [B, 3, T, H, W] -> [B, N, values], values (t, h, w, channel)."""
+    (t, h, w), (frames, height, width) = grid, clip.shape[2:]
+    x = clip.reshape(-1, 3, t, frames // t, h, height // h, w, width // w)
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)
+
+
+def uncubes(x, grid, size):
+    """The inverse of `cubes`: [B, N, values] -> [B, 3, T, H, W], size (T, H, W)."""
+    (t, h, w), (frames, height, width) = grid, size
+    x = x.reshape(-1, t, h, w, frames // t, height // h, width // w, 3)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, 3, frames, height, width)
+
+
+def sincos_table(tokens, width):
+    """VideoMAE's fixed 1-D sine-cosine positions over the flattened token number -> float32 [1, tokens, width].
+
+    Channel j of position n is sin (j even) or cos (j odd) of n / 10000^(2 (j // 2) / width).
+    """
+    n, j = np.arange(tokens)[:, None], np.arange(width)[None]
+    angle = n / 10000 ** (2 * (j // 2) / width)
+    return torch.from_numpy(np.where(j % 2, np.cos(angle), np.sin(angle))).float()[None]
+
+
+class CubeEmbed(nn.Module):
+    """A Conv3d whose stride is its kernel, over whole cubes: [..., values (t, h, w, channel)] -> [..., width].
+
+    Kept as the convolution that VideoMAE's files hold, computed as the matrix product that it is.
+    """
+
+    def __init__(self, width, cube):
+        super().__init__()
+        self.proj = nn.Conv3d(3, width, cube, stride=cube)
+
+    def forward(self, x):
+        return F.linear(x, self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear, four times as wide inside."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def init_weights(module):
+    """Xavier-uniform matrices and zero biases [VideoMAE]."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """What both encoders share: their geometry, and clip and mask -> the cubes, positions and numbers to be seen."""
+
+    def __init__(self, width, frames, size, tubelet, patch):
+        super().__init__()
+        self.width, self.grid, self.cube = width, token_grid(frames, size, tubelet, patch), (tubelet, patch, patch)
+        self.register_buffer("positions", sincos_table(math.prod(self.grid), width), persistent=False)
+
+    def visible(self, clip, mask):
+        """Without a mask, all N tokens; with one, the N_v visible -> cubes [B, N_v, values], positions [B, N_v, D],
+        token numbers [B, N_v] (None without a mask)."""
+        if clip.shape[1:] != (3, *(n * side for n, side in zip(self.grid, self.cube))):
+            raise CMAEVError(f"clip [B, 3, T, H, W] is {list(clip.shape)}, the encoder is built for "
+                             f"{[3, *(n * side for n, side in zip(self.grid, self.cube))]}")
+        x, positions = cubes(clip, self.grid), self.positions.expand(len(clip), -1, -1)
+        if mask is None:
+            return x, positions, None
+        numbers, _ = split_tokens(mask)
+        return take(x, numbers), take(positions, numbers), numbers
+
+
+class VisionTransformer(Encoder):
+    """VideoMAE's ViT: cube embedding, fixed positions, pre-norm blocks; no class token.
+
+    encoder(clip [B, 3, T, H, W], mask [B, N] or None) -> tokens [B, N_v or N, D] in token order (time, row, column).
+    """
+
+    def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16):
+        super().__init__(width, frames, size, tubelet, patch)
+        self.patch_embed = CubeEmbed(width, self.cube)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(init_weights)
+
+    def forward(self, clip, mask=None):
+        x, positions, _ = self.visible(clip, mask)
+        x = self.patch_embed(x) + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def spread(x, grid, numbers):
+    """Pixels of visible tokens -> the whole map, zero where masked: [B, N_v, s, s, C] -> [B, C, T', H' s, W' s]."""
+    if numbers is not None:
+        whole = x.new_zeros(x.shape[0], math.prod(grid), *x.shape[2:])
+        x = whole.scatter(1, numbers[..., None, None, None].expand_as(x), x)
+    return x.unflatten(1, grid).permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def collect(x, grid, numbers):
+    """The inverse of `spread`: [B, C, T', H' s, W' s] -> [B, N_v, s, s, C]."""
+    x = x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).permute(0, 2, 3, 5, 4, 6, 1).flatten(1, 3)
+    return x if numbers is None else take(x, numbers)
+
+
+def merge(x):
+    """Joins 2 x 2 neighbours inside each token: [B, N_v, s, s, C] -> [B, N_v, s / 2, s / 2, 4 C]."""
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4)
+
+
+class ConvBlock(nn.Module):
+    """ConvMAE's masked convolution block on the pixels of visible tokens: [B, N_v, s, s, C], the same out.
+
+    Every layer but one is pointwise, so masked positions need no computing. The depthwise convolution mixes positions:
+    it runs over the whole map, with zeros where masked, and its output is read at the visible positions.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.conv1 = nn.Linear(width, width)
+        self.depthwise = nn.Conv3d(width, width, 5, padding=2, groups=width)
+        self.conv2 = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width)
+
+    def forward(self, x, grid, numbers):
+        whole = self.depthwise(spread(self.conv1(self.norm1(x)), grid, numbers))
+        x = x + self.conv2(collect(whole, grid, numbers))
+        return x + self.mlp(self.norm2(x))
+
+
+class ConvViT(Encoder):
+    """ConvMAE's hybrid encoder for video: two stages of masked convolutions, then ViT blocks. Same interface as the ViT.
+
+    Stages 1 and 2 hold 4 x 4 and 2 x 2 pixels of features a token, laid out token by token, [B, N_v, s, s, C]: then a
+    patch embedding, whose kernel is its stride, is a matrix product inside the token. For video [choice]: the tubelet
+    sits in the first embedding, the depthwise kernel is 3-D, grid, positions and tube mask are the ViT's.
+    `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's pre-training; its fine-tuning leaves that out.
+    """
+
+    def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True):
+        super().__init__(widths[2], frames, size, tubelet, patch)
+        if patch % 4:
+            raise CMAEVError(f"patch size {patch}: ConvViT halves it twice and needs a multiple of 4")
+        self.patch_embed1 = CubeEmbed(widths[0], (tubelet, patch // 4, patch // 4))
+        self.patch_embed2 = nn.Linear(4 * widths[0], widths[1])
+        self.patch_embed3 = nn.Linear(4 * widths[1], widths[2])
+        self.patch_embed4 = nn.Linear(widths[2], widths[2])
+        self.embed_norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for width in widths)
+        self.blocks1 = nn.ModuleList(ConvBlock(widths[0]) for _ in range(depths[0]))
+        self.blocks2 = nn.ModuleList(ConvBlock(widths[1]) for _ in range(depths[1]))
+        self.blocks3 = nn.ModuleList(Block(widths[2], heads) for _ in range(depths[2]))
+        self.fusion1 = nn.Linear(16 * widths[0], widths[2]) if fusion else None
+        self.fusion2 = nn.Linear(4 * widths[1], widths[2]) if fusion else None
+        self.norm = nn.LayerNorm(widths[2], eps=1e-6)
+        self.apply(init_weights)
+
+    def forward(self, clip, mask=None):
+        x, positions, numbers = self.visible(clip, mask)
+        tubelet, patch, _ = self.cube
+        x = x.unflatten(-1, (tubelet, 4, patch // 4, 4, patch // 4, 3)).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+
+        stage1 = F.gelu(self.embed_norms[0](self.patch_embed1(x)))  # [B, N_v, 4, 4, C1]
+        for block in self.blocks1:
+            stage1 = block(stage1, self.grid, numbers)
+
+        stage2 = F.gelu(self.embed_norms[1](self.patch_embed2(merge(stage1))))  # [B, N_v, 2, 2, C2]
+        for block in self.blocks2:
+            stage2 = block(stage2, self.grid, numbers)
+
+        stage3 = F.gelu(self.embed_norms[2](self.patch_embed3(merge(stage2)))).flatten(1, 3)  # [B, N_v, D]
+        stage3 = self.patch_embed4(stage3) + positions
+        for block in self.blocks3:
+            stage3 = block(stage3)
+
+        if self.fusion1 is not None:
+            stage3 = stage3 + self.fusion1(stage1.flatten(2)) + self.fusion2(stage2.flatten(2))
+        return self.norm(stage3)
+
+
+# =====================================================================================================================
+# 4  Decoder and heads
+# =====================================================================================================================
+
+
+class PixelDecoder(nn.Module):
+    """VideoMAE's light decoder: decoder(tokens [B, N_v, D], mask [B, N]) -> predicted cubes [B, N_m, values], in order.
+
+    Half of the encoder's width and 64 channels a head, which is VideoMAE's decoder for small, base and large.
+    """
+
+    def __init__(self, encoder, depth=4):
+        super().__init__()
+        width, values = encoder.width // 2, 3 * math.prod(encoder.cube)
+        self.embed = nn.Linear(encoder.width, width, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.register_buffer("positions", sincos_table(math.prod(encoder.grid), width), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, values)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, tokens, mask):
+        visible, masked = (take(self.positions.expand(len(mask), -1, -1), numbers) for numbers in split_tokens(mask))
+        x = torch.cat([self.embed(tokens) + visible, self.mask_token + masked], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, -masked.shape[1]:]))
+
+
+class AllReduce(torch.autograd.Function):
+    """Sum over ranks, forward and backward, on every backend."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.forward(ctx, grad)
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm with the statistics of the batch of all ranks, on every backend: [B, C] -> [B, C] in float32.
+
+    Only pre-training uses it, so it keeps no running statistics.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def mean(self, x):
+        x = x.mean(dim=0)
+        return AllReduce.apply(x) / world_size() if world_size() > 1 else x
+
+    def forward(self, x):
+        centred = x.float() - self.mean(x.float())
+        return centred * (self.mean(centred.square()) + 1e-5).rsqrt() * self.weight + self.bias
+
+
+class ProjectionHead(nn.Sequential):
+    """Linear, BatchNorm, ReLU, Linear without bias [CMAE]: projector and predictor are both this. [B, in] -> [B, out]."""
+
+    def __init__(self, width_in, hidden, width_out):
+        super().__init__(nn.Linear(width_in, hidden), GlobalBatchNorm(hidden), nn.ReLU(),
+                         nn.Linear(hidden, width_out, bias=False))
+        self.apply(init_weights)
+
+
+# =====================================================================================================================
+# 5  Losses, in float32 under AMP too
+# =====================================================================================================================
+
+
+def standardize(x):
+    """Cubes, each standardised per channel [VideoMAE]: [..., values] -> the same, mean and std [..., 1, 3].
+
+    Standard deviation unbiased, 1e-6 added to it.
+    """
+    pixels = x.unflatten(-1, (-1, 3))
+    mean, std = pixels.mean(dim=-2, keepdim=True), pixels.std(dim=-2, keepdim=True) + 1e-6
+    return ((pixels - mean) / std).flatten(-2), mean, std
+
+
+def to_unit_range(clip):
+    """Undoes `normalize`: float [B, 3, T, H, W] -> the same with values in [0, 1]."""
+    mean, std = (torch.tensor(v, device=clip.device).view(3, 1, 1, 1) for v in (MEAN, STD))
+    return clip * std + mean
+
+
+def reconstruction_loss(prediction, clip, mask, grid):
+    """Equation 7: mean squared error between predicted and standardised masked cubes -> float32 scalar.
+
+    prediction [B, N_m, values]; clip [B, 3, T, H, W], normalised; mask bool [B, N]; grid (T', H', W').
+    """
+    masked = take(cubes(to_unit_range(clip), grid), split_tokens(mask)[1])
+    return F.mse_loss(prediction.float(), standardize(masked)[0])
+
+
+def gather(x):
+    """The rows of all ranks, without gradient: [B, C] -> [B * world, C]."""
+    if world_size() == 1:
+        return x
+    rows = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(rows, x.contiguous())
+    return rows
+
+
+def info_nce(query, key, temperature):
+    """Equations 4 and 5: cosine similarities, and the cross-entropy of finding one's own key among all ranks' keys.
+
+    query, key [B, C], row i of both from the same video -> loss, top-1 accuracy of the finding; float32 scalars.
+    """
+    query, keys = F.normalize(query.float(), dim=1), gather(F.normalize(key.float(), dim=1))
+    similarity = query @ keys.T / temperature  # [B, B * world]
+    own = torch.arange(len(query), device=query.device) + len(query) * (dist.get_rank() if world_size() > 1 else 0)
+    return F.cross_entropy(similarity, own), (similarity.argmax(dim=1) == own).float().mean()
+
+
+# =====================================================================================================================
+# 6  CMAE-V
+# =====================================================================================================================
+
+
+class CMAEV(nn.Module):
+    """The whole method. model(online, target, mask) -> dict of float32 scalars: loss, reconstruction, contrast, accuracy.
+
+    online, target [B, 3, T, H, W] normalised clips; mask bool [B, N], best left on the CPU (see split_tokens).
+    `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): the target is then None, and no target branch
+    exists. Geometry (frames, size, tubelet, patch) is the encoder's.
+    """
+
+    def __init__(self, encoder="vit_base", contrast_weight=0.14, temperature=0.07, **geometry):
+        super().__init__()
+        self.contrast_weight, self.temperature = contrast_weight, temperature
+        self.encoder = build_encoder(encoder, **geometry)
+        self.decoder = PixelDecoder(self.encoder)
+        if contrast_weight:
+            width = self.encoder.width
+            self.projector = ProjectionHead(width, 2 * width, 256)  # 768 -> 1536 -> 256 [CMAE]
+            self.predictor = ProjectionHead(256, 2 * width, 256)
+            self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
+            self.target_projector = deepcopy(self.projector).requires_grad_(False)
+
+    def forward(self, online, target, mask):
+        visible = self.encoder(online, mask)  # equation 1
+        prediction = self.decoder(visible, mask)  # equation 6
+        reconstruction = reconstruction_loss(prediction, online, mask, self.encoder.grid)  # equation 7
+        if not self.contrast_weight:
+            nothing = torch.zeros_like(reconstruction)
+            return dict(loss=reconstruction, reconstruction=reconstruction, contrast=nothing, accuracy=nothing)
+
+        feature = visible.mean(dim=1)  # equation 2, the feature decoder removed (section 3)
+        with torch.no_grad():
+            target_feature = self.target_encoder(target).mean(dim=1)  # equation 3
+            key = self.target_projector(target_feature)
+        query = self.predictor(self.projector(feature))
+        contrast, accuracy = info_nce(query, key, self.temperature)  # equations 4 and 5
+        loss = reconstruction + self.contrast_weight * contrast  # equation 8
+        return dict(loss=loss, reconstruction=reconstruction, contrast=contrast, accuracy=accuracy)
+
+    @torch.no_grad()
+    def update_target(self, momentum):
+        """theta_t <- momentum theta_t + (1 - momentum) theta_s, after every optimiser step."""
+        if self.contrast_weight:
+            target = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
+            source = [*self.encoder.parameters(), *self.projector.parameters()]
+            torch._foreach_lerp_(target, source, 1 - momentum)
+
+    @torch.no_grad()
+    def reconstruct(self, clip, mask):
+        """Normalised clip [B, 3, T, H, W] and mask -> original, masked, reconstructed clips, in [0, 1], same shape.
+
+        The model predicts standardised cubes: the true mean and std of each cube, and the visible cubes, are pasted in.
+        """
+        original = to_unit_range(clip)
+        x = cubes(original, self.encoder.grid)
+        numbers = split_tokens(mask)[1].to(clip.device)
+        prediction = self.decoder(self.encoder(clip, mask), mask).float()
+        _, mean, std = standardize(take(x, numbers))
+        filled = (prediction.unflatten(-1, (-1, 3)) * std + mean).flatten(-2)
+        numbers = numbers[..., None].expand_as(filled)
+        back = lambda x: uncubes(x, self.encoder.grid, clip.shape[2:]).clamp(0, 1)
+        return original, back(x.scatter(1, numbers, 0.5)), back(x.scatter(1, numbers, filled))
+
+
+# =====================================================================================================================
+# 7  Classifier
+# =====================================================================================================================
+
+
+class Classifier(nn.Module):
+    """Mean of all tokens, LayerNorm, linear head [VideoMAE]: clip [B, 3, T, H, W] -> logits [B, classes].
+
+    The norm of the mean takes the place of the encoder's own.
+    """
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.encoder = encoder
+        self.encoder.norm = nn.Identity()
+        self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6)
+        self.head = nn.Linear(encoder.width, classes)
+        self.head.apply(init_weights)
+
+    def forward(self, clip):
+        return self.head(self.fc_norm(self.encoder(clip).mean(dim=1)))
+
+
+# =====================================================================================================================
+# 8  Weights
+# =====================================================================================================================
+
+
+def save_encoder(encoder, path):
+    """Writes the encoder alone: {"model": state dict, "geometry": ...}.
+
+    A ViT's keys are VideoMAE's: it stores q_bias and v_bias, and no bias for k, which cannot change a softmax.
+    """
+    state = {}
+    for name, value in encoder.state_dict().items():
+        if name.endswith("attn.qkv.bias") and isinstance(encoder, VisionTransformer):
+            q, _, v = value.chunk(3)
+            state[name.replace("qkv.bias", "q_bias")], state[name.replace("qkv.bias", "v_bias")] = q.clone(), v.clone()
+        else:
+            state[name] = value
+    save_file({"model": state, "geometry": {"grid": list(encoder.grid), "cube": list(encoder.cube)}}, path)
+
+
+# =====================================================================================================================
+# 9  Training: what both scripts need
+# =====================================================================================================================
+
+RECIPES = ("demo", "k400", "ssv2")
+
+
+def read_settings(table, description, arguments=None):
+    """Command line -> argparse.Namespace. `table` is {flag: (value, or a tuple of one value a recipe, help)}.
+
+    --recipe fills every setting; any flag overrides its own.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--recipe", choices=RECIPES, default="demo", help="fills all settings [demo]")
+    for flag, (values, text) in table.items():
+        default = " / ".join(map(str, values)) if isinstance(values, tuple) else values
+        kind = type(values[0] if isinstance(values, tuple) else values)
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
+        parser.add_argument(f"--{flag}", help=f"{text} [{default}]".replace("%", "%%"), **how)
+    settings = parser.parse_args(arguments)
+    for flag, (values, _) in table.items():
+        if getattr(settings, flag.replace("-", "_")) is None:
+            value = values[RECIPES.index(settings.recipe)] if isinstance(values, tuple) else values
+            setattr(settings, flag.replace("-", "_"), value)
+    return settings
+
+
+def run_script(main):
+    """Runs a script's main(): what the user can put right ends in one line, and Ctrl-C in none."""
+    try:
+        main()
+    except CMAEVError as error:
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_ranks():
+    """Joins torchrun's process group, if there is one -> rank, world size, device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def amp_dtype(name, device):
+    """--amp auto, bf16, fp16 or none -> torch.bfloat16, torch.float16 or None (float32)."""
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        name = "bf16" if torch.cpu._is_amx_tile_supported() else "none"
+    if name not in names:
+        raise CMAEVError(f"--amp {name}: give auto, bf16, fp16 or none")
+    return names[name]
+
+
+def learning_rate(step, warmup, steps, start, peak, floor):
+    """Linear from `start` to `peak` over the warm-up steps, then a half cosine to `floor` [VideoMAE]."""
+    if step < warmup:
+        return start + (peak - start) * step / max(warmup - 1, 1)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def worker_count(workers, device):
+    """--workers -1: on a GPU one decoding process a core, at most 16 a rank; on a CPU, which trains too, 2."""
+    if workers >= 0:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if device.type == "cuda" else 2
+
+
+def decay_groups(model, weight_decay):
+    """AdamW's groups: weight decay on matrices, none on biases, norms and the mask token (all of them 1-D)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
+            dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
+
+
+class Batches:
+    """One rank's batches from step `start` to the end of the run: lists of (epoch, index).
+
+    Each epoch is a permutation seeded by (seed, epoch), cut into global batches, cut into ranks; what is left over at an
+    epoch's end is dropped. One iterator runs through all epochs, so that the loader's workers never pause or restart.
+    """
+
+    def __init__(self, videos, batch, steps, seed, rank, world, start=0):
+        self.videos, self.batch, self.steps, self.seed, self.start = videos, batch, steps, seed, start
+        self.part = slice(rank * batch // world, (rank + 1) * batch // world)
+        self.per_epoch = videos // batch
+
+    def __len__(self):
+        return self.steps - self.start
+
+    def __iter__(self):
+        order, ordered = None, None
+        for step in range(self.start, self.steps):
+            epoch, i = divmod(step, self.per_epoch)
+            if ordered != epoch:
+                with seeded(self.seed, epoch) as generator:
+                    order, ordered = torch.randperm(self.videos, generator=generator).tolist(), epoch
+            yield [(epoch, index) for index in order[i * self.batch:(i + 1) * self.batch][self.part]]
+
+
+def mean_over_ranks(x):
+    """Mean of a tensor over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+def save_file(state, path):
+    """torch.save that leaves a whole file or none: written under another name, then renamed."""
+    partial = f"{path}.partial"
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def open_run(folder, settings, free, device, write):
+    """Starts a run's folder, or checks that it is this run's -> its last checkpoint, or None.
+
+    settings.json keeps the settings, the commit and the versions. Settings in `free` change no weights and may differ.
+    Raises CMAEVError, naming them, where others do.
+    """
+    folder, settings = Path(folder), vars(settings)
+    record, checkpoint = folder / "settings.json", folder / "checkpoint.pt"
+    if record.exists():
+        old = json.loads(record.read_text())["settings"]
+        other = [f"{name} {old.get(name)} -> {value}" for name, value in settings.items()
+                 if name not in free and old.get(name) != value]
+        if other:
+            raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(other)}): "
+                             "give the old ones to go on, or another --out")
+    commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                            capture_output=True, text=True)
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(dict(settings=settings, commit=commit.stdout.strip() or None, device=device_name,
+                                          world_size=world_size(), python=platform.python_version(), **versions), indent=1))
+    if not checkpoint.exists():
+        return None
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)
+
+
+def start_log(path, step):
+    """Takes back what a killed run logged after its last checkpoint: keeps the lines of steps up to `step`."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    Path(path).write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+
+def peak_memory(device):
+    """MiB of device memory allocated at most so far; of the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20 if resource else math.nan
+
+
+def clip_flops(model, mask_ratio):
+    """Floating-point operations of one pre-training step, per clip, counted by torch (multiply-add = 2).
+
+    The online side counts three times, backward being two forwards; the heads, under 0.1 %, are left out.
+    """
+    encoder, decoder = deepcopy(model.encoder).to("meta"), deepcopy(model.decoder).to("meta")
+    clip = torch.empty(1, 3, *(n * side for n, side in zip(encoder.grid, encoder.cube)), device="meta")
+    mask = tube_mask(1, encoder.grid, mask_ratio)
+    with FlopCounterMode(display=False) as online, torch.no_grad():
+        decoder(encoder(clip, mask), mask)
+    with FlopCounterMode(display=False) as target, torch.no_grad():
+        encoder(clip)
+    return 3 * online.get_total_flops() + (target.get_total_flops() if model.contrast_weight else 0)
+
+
+# =====================================================================================================================
+# 10  Demo: real video files, made on the spot
+# =====================================================================================================================
+
+DEMO_CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "growing", "shrinking",
+                "swinging", "bobbing")
+DEMO_FRAMES, DEMO_SIDE = 48, 80
+
+
+def make_demo(folder, train=400, val=200, seed=0):
+    """Writes folder/{train,val}/class/*.mp4 (H.264, 48 frames of 80 x 80) and the lists train.txt and val.txt.
+
+    A textured shape moves over a textured, drifting background. The class is the motion alone: colours, textures,
+    shape, size, angle, place, speed and drift are drawn alike for all classes, so that no single frame tells the class,
+    as in Something-Something. Video i of a split is a pure function of (seed, split, i).
+    """
+    folder, partial = Path(folder), Path(f"{folder}.partial")
+    for split, (name, count) in enumerate((("train", train), ("val", val))):
+        lines = []
+        for i in range(count):
+            label = i % len(DEMO_CLASSES)
+            file = f"{name}/{DEMO_CLASSES[label]}/{i:05d}.mp4"
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            write_video(partial / file, demo_video(label, np.random.default_rng((seed, split, i))))
+            lines.append(f"{file} {label}\n")
+        (partial / f"{name}.txt").write_text("".join(lines))
+    os.replace(partial, folder)
+
+
+def write_video(path, frames, rate=24):
+    """Writes uint8 RGB frames, each [H, W, 3], as H.264."""
+    with av.open(str(path), "w") as container:
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
+                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+
+
+def demo_video(label, rng):
+    """The frames of one demo video, uint8 [H, W, 3] each."""
+    motion = DEMO_CLASSES[label]
+    background, texture = demo_texture(rng), demo_texture(rng)
+    outline = DEMO_SHAPES[rng.integers(len(DEMO_SHAPES))]
+    middle, drift = DEMO_SIDE / 2 + rng.uniform(-10, 10, 2), rng.normal(0, 0.3, 2)
+    angle, size = rng.uniform(0, 2 * np.pi), rng.uniform(11, 17)
+    speed, turn, growth = rng.uniform(0.45, 0.9), rng.uniform(0.04, 0.1), rng.uniform(0.012, 0.022)
+    reach, beat, phase = rng.uniform(9, 15), 2 * np.pi / rng.uniform(16, 26), rng.uniform(0, 2 * np.pi)
+    direction = dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0)).get(motion, (0, 0))
+    swing = dict(swinging=(0, 1), bobbing=(1, 0)).get(motion, (0, 0))
+    spin = dict(clockwise=-1, counterclockwise=1).get(motion, 0)
+    scale = dict(growing=1, shrinking=-1).get(motion, 0)
+    pixels = np.stack(np.mgrid[:DEMO_SIDE, :DEMO_SIDE], axis=-1).astype(np.float32)  # (row, column)
+    for t in np.arange(DEMO_FRAMES) - DEMO_FRAMES / 2:
+        centre = middle + np.multiply(direction, speed * t) + np.multiply(swing, reach * np.sin(beat * t + phase))
+        c, s = np.cos(angle + spin * turn * t), np.sin(angle + spin * turn * t)
+        turned = np.array([[c, -s], [s, c]]) / (size * np.exp(scale * growth * t))
+        local = (pixels - np.float32(centre)) @ np.float32(turned)
+        inside = outline(np.abs(local[..., 0]), np.abs(local[..., 1]))[..., None]
+        image = np.where(inside, texture(local * 14), background(pixels - np.float32(drift * t)))
+        yield np.clip(image * 255, 0, 255).astype(np.uint8)
+
+
+# Shapes in their own coordinates, |u| and |v| in units of the half side: square, disc, cross, bar, ring.
+DEMO_SHAPES = (
+    lambda u, v: np.maximum(u, v) < 0.9,
+    lambda u, v: u**2 + v**2 < 1,
+    lambda u, v: (np.minimum(u, v) < 0.35) & (np.maximum(u, v) < 1.1),
+    lambda u, v: (u < 0.55) & (v < 1.3),
+    lambda u, v: np.abs(u**2 + v**2 - 0.8) < 0.5,
+)
+
+
+def demo_texture(rng):
+    """A random coloured pattern of four waves: a function of coordinates [..., 2] in pixels -> RGB [..., 3] in 0 to 1."""
+    angle, length = rng.uniform(0, 2 * np.pi, 4), rng.uniform(6, 30, 4)
+    waves = (np.stack([np.cos(angle), np.sin(angle)]) * 2 * np.pi / length).astype(np.float32)
+    phase, color, base = (np.float32(v) for v in (
+        rng.uniform(0, 2 * np.pi, 4), rng.normal(0, 0.13, (4, 3)), rng.uniform(0.25, 0.75, 3)))
+    return lambda points: base + np.sin(points @ waves + phase) @ color

@@ -1,0 +1,201 @@
+"""Pre-trains CMAE-V on video files: one loop for a laptop's CPU, one GPU, and torchrun over many nodes.
+
+    python pretrain.py                                                   the demo, which makes its own videos
+    python pretrain.py --recipe k400 --data train.txt --batch-size 64    one GPU
+    torchrun --nproc_per_node=8 pretrain.py --recipe k400 --data train.txt
+
+The same command run again goes on from the last checkpoint. `python pretrain.py --help` lists the settings.
+"""
+
+import json
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchvision.io import write_png
+from torchvision.utils import make_grid
+
+import cmaev
+
+LOSSES = ("loss", "reconstruction", "contrast", "accuracy")
+DEMO = "data/demo/train.txt"
+
+# One value, or one a recipe: demo, K400, SSv2. Where they come from: README, "Settings".
+SETTINGS = {
+    "data": ((DEMO, "", ""), "list file (`path label` a line) or folder of class folders"),
+    "out": (("runs/pretrain-demo", "runs/pretrain-k400", "runs/pretrain-ssv2"), "the run's folder"),
+    "subset": (0, "only the first N videos of a seeded shuffle; 0: all"),
+    # the model
+    "encoder": (("vit_tiny", "vit_base", "vit_base"), ", ".join(cmaev.ENCODERS)),
+    "frames": (16, "frames a clip"),
+    "size": ((64, 224, 224), "height and width of a clip, pixels"),
+    "tubelet": (2, "frames a token"),
+    "patch": ((8, 16, 16), "height and width of a token, pixels"),
+    # the method
+    "rate": ((2, 4, 2), "sampling rate r: every r-th frame"),
+    "max-shift": ((4, 8, 4), "p: the target view starts 0 to p frames later; 0: no temporal shift"),
+    "mask-ratio": (0.9, "share of masked tubes"),
+    "contrast-weight": (0.14, "lambda_c; 0: VideoMAE or video ConvMAE, without a target branch"),
+    "temperature": (0.07, "tau of InfoNCE"),
+    "momentum": (0.996, "of the target encoder"),
+    "color-augment": (True, "colour augmentation of the target view"),
+    "repeats": (1, "clips out of each opened video; an epoch then has so many times the steps"),
+    # optimisation
+    "epochs": ((20, 800, 800), "passes over the videos"),
+    "warmup-epochs": ((2, 40, 40), "epochs of linear warm-up"),
+    "batch-size": ((32, 2048, 2048), "clips a step, over all ranks: the K of InfoNCE"),
+    "lr": ((1e-3, 1.5e-4, 1.5e-4), "base learning rate, times batch size / 256"),
+    "warmup-lr": (1e-6, "where the warm-up starts, times batch size / 256"),
+    "min-lr": (1e-5, "where the cosine ends, times batch size / 256"),
+    "beta1": (0.9, "AdamW"),
+    "beta2": (0.95, "AdamW"),
+    "weight-decay": (0.05, "AdamW; not on biases, norms and the mask token"),
+    "clip-grad": (0.0, "largest gradient norm; 0: unlimited"),
+    "seed": (0, "of the weights, the order and the samples"),
+    "amp": ("auto", "auto, bf16, fp16 or none (float32); auto: what the device is fast at"),
+    # the machine and the output: free to change between two starts of a run
+    "compile": (False, "torch.compile"),
+    "workers": (-1, "decoding processes a rank; -1: one a core beside a GPU, at most 16, and 2 on a CPU"),
+    "log-every": ((10, 20, 20), "steps a log line"),
+    "save-every": ((100, 1000, 1000), "steps a checkpoint"),
+    "picture-every": ((100, 5000, 5000), "steps a picture of reconstructions; 0: none"),
+}
+FREE = {"workers", "compile", "log_every", "save_every", "picture_every"}
+
+
+def main():
+    s = cmaev.read_settings(SETTINGS, __doc__.splitlines()[0])
+    rank, world, device = cmaev.join_ranks()
+    chief = rank == 0
+    say = print if chief else lambda *_, **__: None
+
+    # the videos
+    if s.recipe == "demo" and s.data == DEMO and not os.path.exists(DEMO):
+        say("making the demo's videos in data/demo", flush=True)
+        if chief:
+            cmaev.make_demo(Path(DEMO).parent)
+        if world > 1:
+            dist.barrier()
+    if not s.data:
+        raise cmaev.CMAEVError(f"the recipe {s.recipe} needs --data: a list (`path label` a line) or class folders")
+    videos = cmaev.read_list(s.data)
+    if s.subset:
+        with cmaev.seeded(s.seed):
+            videos = [videos[i] for i in torch.randperm(len(videos))[:s.subset]]
+    if s.batch_size % (world * s.repeats):
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size} is no multiple of {world} ranks x {s.repeats} repeats")
+    per_step = s.batch_size // s.repeats
+    if len(videos) < per_step or s.batch_size < 2:
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: needs at least 2 clips, and no more than the "
+                               f"{len(videos) * s.repeats} that the {len(videos)} videos of {s.data} give")
+    cmaev.Video(videos[0][0])  # a list of what is no video fails here, not in a worker
+    steps, warmup = (round(epochs * (len(videos) // per_step)) for epochs in (s.epochs, s.warmup_epochs))
+
+    # the model
+    torch.manual_seed(s.seed)
+    model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature,
+                        frames=s.frames, size=s.size, tubelet=s.tubelet, patch=s.patch)
+    clips = cmaev.PretrainClips(videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size, s.mask_ratio,
+                                s.repeats, s.seed, two_views=bool(s.contrast_weight), color_augment=s.color_augment)
+    flops = cmaev.clip_flops(model, s.mask_ratio)
+    model.to(device)
+    optimizer = torch.optim.AdamW(cmaev.decay_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), fused=True)
+    dtype = cmaev.amp_dtype(s.amp, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=device)  # since the last log line, and how many
+
+    # the run's folder, and where it stopped
+    run, start = Path(s.out), 0
+    checkpoint = cmaev.open_run(run, s, FREE, device, write=chief)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        sums.copy_(checkpoint["sums"])
+        start = checkpoint["step"]
+    if start == steps:
+        return say(f"{run} is finished, all {steps} steps: for another run, give another --out")
+    if chief:
+        cmaev.start_log(run / "log.jsonl", start)
+    parameters = sum(p.numel() for p in model.encoder.parameters())
+    say(f"{s.encoder}, {parameters / 1e6:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} clips; "
+        f"{flops * s.batch_size * steps:.2g} floating-point operations; {world} x {device.type}, "
+        f"{str(dtype or torch.float32).removeprefix('torch.')}" + (f"; going on from step {start}" if start else ""))
+
+    # the loop
+    trained = DistributedDataParallel(model) if world > 1 else model
+    if s.compile:
+        trained = torch.compile(trained)
+    loader = iter(DataLoader(
+        clips, batch_sampler=cmaev.Batches(len(videos), per_step, steps, s.seed, rank, world, start),
+        num_workers=cmaev.worker_count(s.workers, device), pin_memory=device.type == "cuda"))
+    scale = s.batch_size / 256
+    began, waited, logged = time.perf_counter(), 0.0, start
+    for step in range(start, steps):
+        asked = time.perf_counter()
+        batch = {name: x.flatten(0, 1) for name, x in next(loader).items()}
+        waited += time.perf_counter() - asked
+        online, target = (cmaev.normalize(batch[view].to(device, non_blocking=True)) if view in batch else None
+                          for view in ("online", "target"))
+
+        lr = cmaev.learning_rate(step, warmup, steps, scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            losses = trained(online, target, batch["mask"])
+        scaler.scale(losses["loss"]).backward()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model.update_target(s.momentum)
+        sums += torch.stack([*(losses[name].detach() for name in LOSSES), torch.ones((), device=device)])
+
+        done, last = step + 1, step + 1 == steps
+        if done % s.log_every == 0 or last:
+            *means, _ = (cmaev.mean_over_ranks(sums) / sums[-1]).tolist()  # waits for the device
+            seconds, clips_done = time.perf_counter() - began, (done - logged) * s.batch_size
+            record = dict(step=done, epoch=done * per_step / len(videos), **dict(zip(LOSSES, means)), lr=lr,
+                          grad_norm=grad_norm.item(), clips_per_s=clips_done / seconds, data_wait=waited / seconds,
+                          tflop_per_s=flops * clips_done / seconds / 1e12, memory_mib=cmaev.peak_memory(device))
+            if chief:
+                with open(run / "log.jsonl", "a") as log:
+                    print(json.dumps(record), file=log)
+                left = time.gmtime(seconds / (done - logged) * (steps - done))
+                print("step {step}/{steps}  epoch {epoch:.2f}  loss {loss:.4f} = {reconstruction:.4f} + {weight} x "
+                      "{contrast:.4f}  accuracy {accuracy:.0%}  lr {lr:.1e}  grad {grad_norm:.2f}  {clips_per_s:.1f} "
+                      "clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(
+                          steps=steps, weight=s.contrast_weight, left=time.strftime("%H:%M:%S", left), **record),
+                      flush=True)
+            sums.zero_()
+            began, waited, logged = time.perf_counter(), 0.0, done
+
+        if done % s.save_every == 0 or last:
+            cmaev.mean_over_ranks(sums)
+            if chief:
+                cmaev.save_encoder(model.encoder, run / "encoder.pt")
+                cmaev.save_file(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                     scaler=scaler.state_dict(), sums=sums), run / "checkpoint.pt")
+        if chief and s.picture_every and (done % s.picture_every == 0 or last):
+            write_png(picture(model, clips, device), str(run / f"reconstruction-{done:06d}.png"))
+
+    say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures")
+
+
+def picture(model, clips, device, count=3, columns=8):
+    """Original, masked and reconstructed frames of the first videos, a row each -> uint8 [3, H, W]."""
+    samples = [clips[0, index] for index in range(min(count, len(clips)))]
+    online = cmaev.normalize(torch.stack([sample["online"][0] for sample in samples]).to(device))
+    rows = model.reconstruct(online, torch.stack([sample["mask"][0] for sample in samples]))
+    frames = torch.stack(rows, dim=1).transpose(2, 3)[:, :, ::-(-online.shape[2] // columns)]  # [clip, row, T, 3, H, W]
+    return (make_grid(frames.flatten(0, 2), nrow=frames.shape[2]) * 255).round().byte().cpu()
+
+
+if __name__ == "__main__":
+    cmaev.run_script(main)
