@@ -122,12 +122,14 @@ class Video:
     def _index(self):
         """Sorted timestamps of the shown frames and of the key frames, from the packets alone.
 
-        Packets that an edit list discards are decoded but not shown. Where packets have no timestamps (raw streams),
-        the frames are counted by decoding, and `pts` is None.
+        Packets that an edit list discards are decoded but not shown. Some packets have no timestamps (raw streams) or
+        only the times of decoding (AVI: they never go back, although the codec reorders frames). Such frames are
+        counted by decoding, and `pts` is None.
         """
         packets = [packet for packet in self.container.demux(self.stream) if packet.size]
         shown = [packet.pts for packet in packets if not packet.is_discard]
-        if None in shown or len(set(shown)) < len(shown):
+        if None in shown or len(set(shown)) < len(shown) or (
+                self.stream.codec_context.has_b_frames and shown == sorted(shown)):
             self.pts = None
             self._open()
             self.length = sum(1 for _ in self.container.decode(self.stream))
@@ -861,6 +863,19 @@ def save_encoder(encoder, path):
     save_file({"model": state, "geometry": {"grid": list(encoder.grid), "cube": list(encoder.cube)}}, path)
 
 
+def load_weights(module, state, path):
+    """load_state_dict, strict. Raises CMAEVError naming the file and the first weight that does not fit."""
+    for name, value in module.state_dict().items():
+        if name not in state:
+            raise CMAEVError(f"{path} is of another model: it has no {name}")
+        if state[name].shape != value.shape:
+            raise CMAEVError(f"{path} is of another model: {name} is {list(state[name].shape)}, not {list(value.shape)}")
+    unknown = state.keys() - module.state_dict().keys()
+    if unknown:
+        raise CMAEVError(f"{path} is of another model: it has {min(unknown)}, which this one has not")
+    module.load_state_dict(state)
+
+
 # =====================================================================================================================
 # 9  Training: what both scripts need
 # =====================================================================================================================
@@ -920,7 +935,7 @@ def amp_dtype(name, device):
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
-        name = "bf16" if torch.cpu._is_amx_tile_supported() else "none"
+        name = "bf16" if torch.cpu._is_avx512_bf16_supported() else "none"  # no public name in torch yet
     if name not in names:
         raise CMAEVError(f"--amp {name}: give auto, bf16, fp16 or none")
     return names[name]
@@ -1016,7 +1031,10 @@ def open_run(folder, settings, free, device, write):
                                           world_size=world_size(), python=platform.python_version(), **versions), indent=1))
     if not checkpoint.exists():
         return None
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CMAEVError(f"{checkpoint} cannot be read ({type(error).__name__}): damaged? Restore it or delete it") from None
 
 
 def start_log(path, step):
@@ -1092,7 +1110,7 @@ def write_video(path, frames, rate=24):
 def demo_video(label, rng):
     """The frames of one demo video, uint8 [H, W, 3] each."""
     motion = DEMO_CLASSES[label]
-    background, texture = demo_texture(rng), demo_texture(rng)
+    background, texture = demo_texture(rng, 40, 120), demo_texture(rng, 12, 40)
     outline = DEMO_SHAPES[rng.integers(len(DEMO_SHAPES))]
     middle, drift = DEMO_SIDE / 2 + rng.uniform(-10, 10, 2), rng.normal(0, 0.3, 2)
     angle, size = rng.uniform(0, 2 * np.pi), rng.uniform(11, 17)
@@ -1123,9 +1141,9 @@ DEMO_SHAPES = (
 )
 
 
-def demo_texture(rng):
-    """A random coloured pattern of four waves: a function of coordinates [..., 2] in pixels -> RGB [..., 3] in 0 to 1."""
-    angle, length = rng.uniform(0, 2 * np.pi, 4), rng.uniform(6, 30, 4)
+def demo_texture(rng, shortest, longest):
+    """Four random coloured waves: a function of coordinates [..., 2] in pixels -> RGB [..., 3], mostly in 0 to 1."""
+    angle, length = rng.uniform(0, 2 * np.pi, 4), rng.uniform(shortest, longest, 4)
     waves = (np.stack([np.cos(angle), np.sin(angle)]) * 2 * np.pi / length).astype(np.float32)
     phase, color, base = (np.float32(v) for v in (
         rng.uniform(0, 2 * np.pi, 4), rng.normal(0, 0.13, (4, 3)), rng.uniform(0.25, 0.75, 3)))

@@ -33,7 +33,7 @@ SETTINGS = {
     # the model
     "encoder": (("vit_tiny", "vit_base", "vit_base"), ", ".join(cmaev.ENCODERS)),
     "frames": (16, "frames a clip"),
-    "size": ((64, 224, 224), "height and width of a clip, pixels"),
+    "size": ((48, 224, 224), "height and width of a clip, pixels"),
     "tubelet": (2, "frames a token"),
     "patch": ((8, 16, 16), "height and width of a token, pixels"),
     # the method
@@ -46,10 +46,10 @@ SETTINGS = {
     "color-augment": (True, "colour augmentation of the target view"),
     "repeats": (1, "clips out of each opened video; an epoch then has so many times the steps"),
     # optimisation
-    "epochs": ((20, 800, 800), "passes over the videos"),
-    "warmup-epochs": ((2, 40, 40), "epochs of linear warm-up"),
+    "epochs": ((25, 800, 800), "passes over the videos"),
+    "warmup-epochs": ((3, 40, 40), "epochs of linear warm-up"),
     "batch-size": ((32, 2048, 2048), "clips a step, over all ranks: the K of InfoNCE"),
-    "lr": ((1e-3, 1.5e-4, 1.5e-4), "base learning rate, times batch size / 256"),
+    "lr": ((4e-3, 1.5e-4, 1.5e-4), "base learning rate, times batch size / 256"),
     "warmup-lr": (1e-6, "where the warm-up starts, times batch size / 256"),
     "min-lr": (1e-5, "where the cosine ends, times batch size / 256"),
     "beta1": (0.9, "AdamW"),
@@ -113,7 +113,7 @@ def main():
     run, start = Path(s.out), 0
     checkpoint = cmaev.open_run(run, s, FREE, device, write=chief)
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+        cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         sums.copy_(checkpoint["sums"])

@@ -1,0 +1,746 @@
+"""Every part against something independent of it: a slow loop, float64, a plain decode, one process against two."""
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import write_jpeg, write_png
+
+import cmaev
+import pretrain
+
+HERE = Path(__file__).parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1  Video in
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write(path, codec="libx264", frames=60, size=(48, 64), pixels="yuv420p", times=None, muxer={}, **options):
+    """A video file of noise that moves, each frame unlike the others; `times` are its timestamps in 1/25 s."""
+    height, width = size
+    noise = np.random.default_rng(0).integers(0, 256, (height + frames, width, 3), dtype=np.uint8)
+    times = times or range(frames)
+    with av.open(str(path), "w", options=muxer) as container:
+        stream = container.add_stream(codec, rate=25, options={k.replace("_", "-"): v for k, v in options.items()})
+        stream.height, stream.width, stream.pix_fmt = height, width, pixels
+        packets = []
+        for i, t in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(noise[i:i + height]), "rgb24")
+            frame.pts, frame.time_base = t - min(times), Fraction(1, 25)
+            packets += stream.encode(frame)
+        for packet in packets + stream.encode(None):
+            packet.pts, packet.dts = packet.pts + min(times), packet.dts + min(times)
+            container.mux(packet)
+    return path
+
+
+def plain_decode(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+X265 = "log-level=none:keyint=12:bframes=4:open-gop="
+FILES = {
+    "h264.mp4": dict(),
+    "h264-short-gop.mp4": dict(g="7", bf="3"),
+    "h264-open-gop.mkv": dict(x264_params="open-gop=1:keyint=12:bframes=3"),
+    "h264.avi": dict(bf="2", g="12"),
+    "h264.ts": dict(g="12"),
+    "h264-no-timestamps.h264": dict(g="12"),
+    "h264-variable-rate.mp4": dict(times=[i * 2 + (i * i) % 3 for i in range(60)], g="12"),
+    "h264-late-start.mkv": dict(times=range(30, 90), g="12"),
+    "h264-discarded-leading.mp4": dict(times=range(-10, 50), muxer=dict(avoid_negative_ts="disabled"), g="25"),
+    "h264-10-bit.mp4": dict(pixels="yuv420p10le", g="12"),
+    "h264-444.mp4": dict(pixels="yuv444p", size=(47, 63), g="12"),
+    "hevc-open-gop.mp4": dict(codec="libx265", x265_params=X265 + "1"),
+    "hevc-10-bit.mkv": dict(codec="libx265", pixels="yuv420p10le", x265_params=X265 + "0"),
+    "vp9.webm": dict(codec="libvpx-vp9", g="15", cpu_used="8", deadline="realtime"),
+    "vp9-hidden-frames.webm": dict(codec="libvpx-vp9", auto_alt_ref="1", lag_in_frames="16", cpu_used="8"),
+    "av1.webm": dict(codec="libsvtav1", preset="12", svtav1_params="keyint=20"),
+    "av1.mp4": dict(codec="libsvtav1", preset="12", frames=33),
+    "mpeg4.avi": dict(codec="mpeg4", bf="2"),
+    "mpeg4.mov": dict(codec="mpeg4", bf="2", size=(35, 51)),
+    "ffv1.mkv": dict(codec="ffv1", pixels="yuv420p", size=(47, 63)),
+    "one-frame.mp4": dict(frames=1),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_read_equals_a_plain_decode(tmp_path, name):
+    path = write(tmp_path / name, **FILES[name])
+    expected = plain_decode(path)
+    video, rng = cmaev.Video(path), np.random.default_rng(1)
+    assert len(video) == len(expected) == (50 if "discarded" in name else FILES[name].get("frames", 60))
+    for _ in range(8):
+        indices = rng.integers(0, len(video), rng.integers(1, 12))  # unsorted, with repeats
+        assert np.array_equal(video.read(indices), expected[indices])
+    assert np.array_equal(video.read(range(len(video))), expected)
+
+
+@pytest.mark.parametrize("turn, matrix", {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}.items())
+def test_rotation_flag(tmp_path, turn, matrix):
+    """The rotation is written into the track header by hand (ISO 14496-12: a b u c d v x y w), clockwise."""
+    data = write(tmp_path / "upright.mp4", frames=5).read_bytes()
+    a, b, c, d = (v << 16 for v in matrix)
+    identity = b"".join(v.to_bytes(4, "big", signed=True) for v in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
+    turned = b"".join(v.to_bytes(4, "big", signed=True) for v in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    at = data.index(identity, data.index(b"tkhd"))
+    (tmp_path / "turned.mp4").write_bytes(data[:at] + turned + data[at + 36:])
+    upright, turned = (cmaev.Video(tmp_path / f"{name}.mp4").read(range(5)).numpy() for name in ("upright", "turned"))
+    assert np.array_equal(turned, np.rot90(upright, -turn // 90, axes=(1, 2)))
+
+
+def test_read_seeks_and_decodes_once(tmp_path, monkeypatch):
+    video = cmaev.Video(write(tmp_path / "v.mp4", frames=240, g="40", bf="0"))
+    decoded, decode = [], video._decode
+    monkeypatch.setattr(video, "_decode", lambda key: (decoded.append(i) or (i, frame) for i, frame in decode(key)))
+    video.read([210, 205, 215, 205])
+    assert decoded == list(range(200, 216))  # from the key frame before, to the last frame wanted
+    decoded.clear()
+    video.read([5, 125, 130])
+    assert decoded == [*range(6), *range(120, 131)]  # nothing between
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_folder_of_frames_in_natural_order(tmp_path, suffix):
+    for i in range(12):
+        frame = torch.full((3, 16, 24), i * 20, dtype=torch.uint8)
+        (write_jpeg if suffix == "jpg" else write_png)(frame, str(tmp_path / f"img_{i}.{suffix}"))
+    (tmp_path / "notes.txt").write_text("no frame")
+    video = cmaev.Video(tmp_path)
+    assert len(video) == 12
+    assert video.read([11, 2, 2]).float().mean(dim=(1, 2, 3)).tolist() == [220, 40, 40]
+
+
+def test_lists_and_class_folders(tmp_path):
+    for name in ("b/one two.mp4", "b/x,y.mkv", "a/three.webm", "a/notes.txt", "a/take 7/img_1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    videos = tmp_path / "list.txt"
+    videos.write_text(f"b/one two.mp4 3\n\nb/one two.mp4,4\nb/one two.mp4\n{tmp_path}/b/x,y.mkv 5\na/take 7 12 6\n"
+                      "a/take 7 8\nb/one two.mp4 -1\n")
+    two, comma, take = (str(tmp_path / name) for name in ("b/one two.mp4", "b/x,y.mkv", "a/take 7"))
+    assert cmaev.read_list(videos) == [(two, 3), (two, 4), (two, None), (comma, 5), (take, 6), (take, 8), (two, -1)]
+    assert cmaev.read_list(tmp_path) == [(take, 0), (str(tmp_path / "a/three.webm"), 0), (two, 1), (comma, 1)]
+
+
+# The sampler ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_frames, frames, rate, max_shift", [
+    (100, 16, 4, 8), (66, 16, 4, 8), (61, 16, 4, 8), (40, 16, 4, 8), (1, 16, 4, 0), (35, 16, 2, 4), (20, 4, 1, 16)])
+def test_temporal_shift_indices(num_frames, frames, rate, max_shift):
+    """The drawn (t1, delta) are exactly the possible ones, and the indices follow from them by the paper's formula."""
+    possible, drawn, generator = {}, {}, torch.Generator().manual_seed(0)
+    for delta in range(max_shift + 1):
+        starts = [t for t in range(num_frames) if t + (frames - 1) * rate + delta < num_frames] or [0]
+        for t in starts:
+            views = [tuple(min(t + shift + i * rate, num_frames - 1) for i in range(frames)) for shift in (0, delta)]
+            possible[tuple(views)] = possible.get(tuple(views), 0) + 1 / (max_shift + 1) / len(starts)
+    draws = 40 * len(possible) + 2000
+    for _ in range(draws):
+        views = cmaev.temporal_shift_indices(num_frames, frames, rate, max_shift, generator)
+        views = tuple(tuple(view.tolist()) for view in views)
+        drawn[views] = drawn.get(views, 0) + 1
+    assert drawn.keys() == possible.keys()
+    chi2 = sum((drawn[v] - draws * p) ** 2 / (draws * p) for v, p in possible.items())
+    assert chi2 < len(possible) + 5 * math.sqrt(2 * len(possible)) + 5  # five standard deviations over its mean
+
+
+def test_multi_scale_crop():
+    drawn, generator = set(), torch.Generator().manual_seed(0)
+    for _ in range(4000):
+        drawn.add(cmaev.multi_scale_crop(100, 160, generator))
+    sides = {100: 0, 87: 1, 75: 2, 66: 3}
+    assert {(h, w) for _, _, h, w in drawn} == {(h, w) for h in sides for w in sides if abs(sides[h] - sides[w]) < 2}
+    for h, w in {(h, w) for _, _, h, w in drawn}:
+        places = {(y, x) for y, x, *size in drawn if size == [h, w]}
+        y, x = (100 - h) / 4, (160 - w) / 4
+        quarters = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (0, 2), (2, 0), (2, 4), (4, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
+        assert places == {(int(a * y), int(b * x)) for a, b in quarters}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    cmaev.make_demo(folder, train=40, val=10)
+    return folder
+
+
+def clips_of(demo, **changes):
+    settings = dict(frames=4, rate=2, max_shift=4, size=32, mask_ratio=0.75, seed=3) | changes
+    return cmaev.PretrainClips(cmaev.read_list(demo / "train.txt"), (2, 4, 4), **settings)
+
+
+def test_sample_against_a_plain_decode(demo):
+    """With one crop size and no colour augmentation, a sample's views are a resized crop of the frames it names."""
+    clips = clips_of(demo, repeats=3, color_augment=False)
+    sample, epoch, index = clips[5, 7], 5, 7
+    frames = plain_decode(clips.videos[index][0])
+    with cmaev.seeded(3, epoch, index) as generator:
+        indices = [cmaev.temporal_shift_indices(48, 4, 2, 4, generator) for _ in range(3)]
+        crops = [cmaev.multi_scale_crop(80, 80, generator) for _ in range(3)]
+    for r, (views, (top, left, h, w)) in enumerate(zip(indices, crops)):
+        for view, name in zip(views, ("online", "target")):
+            cropped = torch.from_numpy(frames[view][:, top:top + h, left:left + w]).permute(0, 3, 1, 2).float()
+            expected = F.interpolate(cropped, (32, 32), mode="bilinear", antialias=True)
+            assert (sample[name][r].float() - expected).abs().max() <= 1  # uint8 rounding
+    assert len({tuple(view.tolist()) for views in indices for view in views}) > 3  # clips differ, views are shifted
+    assert sample["mask"].shape == (3, 32) and (sample["mask"].sum(dim=1) == 24).all()
+
+
+def test_color_augmentation_is_one_draw_a_clip(demo):
+    augment = cmaev.color_augmentation()
+    frame = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    changed = 0
+    for i in range(20):
+        with cmaev.seeded(i):
+            clip = augment(frame.expand(4, -1, -1, -1))
+        assert (clip == clip[0]).all()
+        changed += not torch.equal(clip[0], frame)
+    assert changed > 15
+    plain, colored = clips_of(demo, color_augment=False)[0, 0], clips_of(demo)[0, 0]
+    assert torch.equal(plain["online"], colored["online"])
+
+
+def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
+    clips, before = clips_of(demo, repeats=2), torch.get_rng_state()
+    clips[0, 0]
+    assert torch.equal(torch.get_rng_state(), before)
+    load = lambda workers, **cut: [batch for batch in DataLoader(
+        clips, batch_sampler=cmaev.Batches(40, 8, 7, 0, **{"rank": 0, "world": 1} | cut), num_workers=workers)]
+    whole = load(0)
+    for batch, again in zip(whole, load(2), strict=True):
+        assert all(torch.equal(batch[name], again[name]) for name in batch)
+    for batch, *halves in zip(whole, load(0, rank=0, world=2), load(0, rank=1, world=2), strict=True):
+        assert all(torch.equal(batch[name], torch.cat([half[name] for half in halves])) for name in batch)
+    for batch, rest in zip(whole[3:], load(0, start=3), strict=True):
+        assert all(torch.equal(batch[name], rest[name]) for name in batch)
+    keys = list(cmaev.Batches(40, 8, 10, 0, 0, 1))
+    assert sorted(sum(keys[:5], [])) == [(0, i) for i in range(40)] and sorted(sum(keys[5:], [])) == [(1, i) for i in range(40)]
+    assert [i for _, i in sum(keys[:5], [])] != [i for _, i in sum(keys[5:], [])]
+
+
+def test_without_target_the_online_view_is_the_same(demo):
+    both, one = clips_of(demo)[2, 3], clips_of(demo, two_views=False)[2, 3]
+    assert one.keys() == {"online", "mask"}
+    assert all(torch.equal(both[name], one[name]) for name in one)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2  Tube mask
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio, masked", [(0.9, 176), (0.75, 147), (0.5, 98), (0.95, 186)])
+def test_tube_mask(ratio, masked):
+    mask = cmaev.tube_mask(500, (8, 14, 14), ratio, torch.Generator().manual_seed(0))
+    assert mask.dtype == torch.bool and mask.shape == (500, 1568)
+    tubes = mask.view(500, 8, 196)
+    assert (tubes == tubes[:, :1]).all()
+    assert (tubes.sum(dim=2) == masked).all()
+    share = tubes[:, 0].float().mean(dim=0)  # each position as often as any other: five standard deviations
+    assert (share - masked / 196).abs().max() < 5 * math.sqrt(masked / 196 * (1 - masked / 196) / 500)
+
+
+def test_split_and_take():
+    mask = cmaev.tube_mask(3, (2, 3, 4), 0.5, torch.Generator().manual_seed(0))
+    visible, masked = cmaev.split_tokens(mask)
+    tokens = torch.arange(3 * 24 * 5.).view(3, 24, 5)
+    for b in range(3):
+        assert visible[b].tolist() == [n for n in range(24) if not mask[b, n]]
+        assert masked[b].tolist() == [n for n in range(24) if mask[b, n]]
+        assert torch.equal(cmaev.take(tokens, masked)[b], tokens[b][mask[b]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3  Encoders
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALL = dict(frames=4, size=(32, 48), tubelet=2, patch=16)
+
+
+def small(name, **changes):
+    sizes = dict(vit=dict(width=24, depth=2, heads=2), convvit=dict(widths=(8, 12, 24), depths=(2, 1, 2), heads=2))
+    torch.manual_seed(0)
+    model = dict(vit=cmaev.VisionTransformer, convvit=cmaev.ConvViT)[name](**sizes[name], **SMALL | changes)
+    for p in model.parameters():  # no zero biases: they would hide mistakes
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def test_sincos_table():
+    table = cmaev.sincos_table(50, 12)
+    for n in range(50):
+        for j in range(12):
+            angle = n / 10000 ** (2 * (j // 2) / 12)
+            assert abs(float(table[0, n, j]) - (math.cos(angle) if j % 2 else math.sin(angle))) < 1e-6
+
+
+def test_cubes_against_a_loop():
+    clip, grid = torch.randn(2, 3, 4, 32, 48), (2, 2, 3)
+    x = cmaev.cubes(clip, grid)
+    for n, (t, i, j) in enumerate(np.ndindex(grid)):
+        cube = clip[:, :, 2 * t:2 * t + 2, 16 * i:16 * i + 16, 16 * j:16 * j + 16]
+        assert torch.equal(x[:, n].view(2, 2, 16, 16, 3), cube.permute(0, 2, 3, 4, 1))
+    assert torch.equal(cmaev.uncubes(x, grid, (4, 32, 48)), clip)
+
+
+def test_cube_embedding_is_the_convolution():
+    encoder, clip = small("vit"), torch.randn(2, 3, 4, 32, 48)
+    expected = encoder.patch_embed.proj(clip).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder.patch_embed(cmaev.cubes(clip, encoder.grid)), expected)
+
+
+def dense_convvit(model, clip, mask):
+    """ConvMAE as published, in 3-D: whole maps [B, C, T, H, W] with masked positions set to zero at each convolution."""
+    t, p, _ = model.cube
+    maps = lambda x, s: x.view(len(x), 1, *model.grid).repeat_interleave(s, 3).repeat_interleave(s, 4)
+    keep, last = ~mask, lambda f, x: f(x.movedim(1, -1)).movedim(-1, 1)
+    fold = lambda linear, s: linear.weight.unflatten(1, (1, s, s, -1)).movedim(-1, 1)
+
+    def stage(x, blocks, keep):
+        for block in blocks:
+            y = F.conv3d(keep * last(block.conv1, last(block.norm1, x)), block.depthwise.weight, block.depthwise.bias,
+                         padding=2, groups=x.shape[1])
+            x = x + last(block.conv2, y)
+            x = x + last(block.mlp, last(block.norm2, x))
+        return x
+
+    x = F.conv3d(clip, model.patch_embed1.proj.weight, model.patch_embed1.proj.bias, stride=(t, p // 4, p // 4))
+    one = stage(F.gelu(last(model.embed_norms[0], x)), model.blocks1, maps(keep, 4))
+    x = F.conv3d(one, fold(model.patch_embed2, 2), model.patch_embed2.bias, stride=(1, 2, 2))
+    two = stage(F.gelu(last(model.embed_norms[1], x)), model.blocks2, maps(keep, 2))
+    x = F.conv3d(two, fold(model.patch_embed3, 2), model.patch_embed3.bias, stride=(1, 2, 2))
+    x = F.gelu(last(model.embed_norms[2], x)).flatten(2).transpose(1, 2)
+    tokens = lambda x: x[keep].view(len(x), -1, x.shape[-1])
+    x = tokens(model.patch_embed4(x) + model.positions)
+    for block in model.blocks3:
+        x = block(x)
+    for stage_out, fusion, s in ((one, model.fusion1, 4), (two, model.fusion2, 2)):
+        x = x + tokens(F.conv3d(stage_out, fold(fusion, s), fusion.bias, stride=(1, s, s)).flatten(2).transpose(1, 2))
+    return model.norm(x)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_convvit_on_visible_tokens_equals_the_dense_masked_computation(masked):
+    model, clip = small("convvit"), torch.randn(2, 3, 4, 32, 48)
+    mask = cmaev.tube_mask(2, model.grid, 0.5) if masked else torch.zeros(2, 12, dtype=torch.bool)
+    torch.testing.assert_close(model(clip, mask if masked else None), dense_convvit(model, clip, mask))
+
+
+@pytest.mark.parametrize("name", ["vit", "convvit"])
+def test_masked_pixels_reach_no_visible_token(name):
+    model, clip = small(name), torch.randn(2, 3, 4, 32, 48)
+    mask = cmaev.tube_mask(2, model.grid, 0.5)
+    noise = cmaev.uncubes(mask[..., None] * torch.randn(2, 12, 1536), model.grid, (4, 32, 48))
+    tokens = model(clip, mask)
+    assert tokens.shape == (2, 6, 24)
+    assert torch.equal(tokens, model(clip + 9 * noise, mask))
+    visible = cmaev.uncubes(~mask[..., None] * torch.randn(2, 12, 1536), model.grid, (4, 32, 48))
+    assert not torch.equal(tokens, model(clip + visible, mask))
+
+
+@pytest.mark.parametrize("name, millions", [("vit_base", 87), ("convvit_base", 85)])
+def test_parameters_of_table_1(name, millions):
+    sizes = dict(fusion=False) if name == "convvit_base" else {}
+    model = cmaev.Classifier(cmaev.build_encoder(name, **sizes), 400)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+
+
+def test_flops_of_vit_base():
+    """METHOD's table: encoder 28 G, decoder 39 G, target 357 G, step 560 G a clip."""
+    model = cmaev.CMAEV("vit_base")
+    assert cmaev.clip_flops(model, 0.9) == pytest.approx(560e9, rel=0.01)
+    model.to("meta")
+    clip, mask = torch.empty(1, 3, 16, 224, 224, device="meta"), cmaev.tube_mask(1, (8, 14, 14), 0.9)
+    count = []
+    for part in (lambda: model.encoder(clip, mask), lambda: model.decoder(model.encoder(clip, mask), mask),
+                 lambda: model.target_encoder(clip)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            part()
+        count.append(counter.get_total_flops())
+    assert [count[0], count[1] - count[0], count[2]] == pytest.approx([28e9, 39e9, 357e9], rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 and 5  Decoder, heads, losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_decoder_predicts_the_masked_tokens_in_order():
+    """Swapping two masked positions in the table swaps their predictions; the visible tokens' order does not matter."""
+    encoder = small("vit", frames=4)
+    encoder.width = 128
+    decoder = cmaev.PixelDecoder(encoder, depth=1)
+    mask = cmaev.tube_mask(1, encoder.grid, 0.5)
+    tokens, (visible, masked) = torch.randn(1, 6, 128), cmaev.split_tokens(mask)
+    before = decoder(tokens, mask)
+    assert before.shape == (1, 6, 1536)
+    a, b = masked[0, 1], masked[0, 4]
+    decoder.positions[:, [a, b]] = decoder.positions[:, [b, a]].clone()
+    torch.testing.assert_close(decoder(tokens, mask), before[:, [0, 4, 2, 3, 1, 5]])
+
+
+def test_reconstruction_target_against_a_loop():
+    """VideoMAE's target in float64, value by value: per cube and channel, unbiased, epsilon outside the root."""
+    clip, grid = torch.rand(2, 3, 4, 32, 48, dtype=torch.float64), (2, 2, 3)
+    mask, total, count = cmaev.tube_mask(2, grid, 0.5), 0.0, 0
+    prediction = torch.randn(2, 6, 1536, dtype=torch.float64)
+    for b in range(2):
+        for m, n in enumerate(np.flatnonzero(mask[b])):
+            t, i, j = np.unravel_index(n, grid)
+            for c in range(3):
+                cube = clip[b, c, 2 * t:2 * t + 2, 16 * i:16 * i + 16, 16 * j:16 * j + 16].reshape(-1).tolist()
+                mean = sum(cube) / 512
+                std = math.sqrt(sum((v - mean) ** 2 for v in cube) / 511)
+                for k, v in enumerate(cube):
+                    total += (float(prediction[b, m, 3 * k + c]) - (v - mean) / (std + 1e-6)) ** 2
+                    count += 1
+    mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    loss = cmaev.reconstruction_loss(prediction.float(), ((clip - mean) / std).float(), mask, grid)
+    assert float(loss) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_info_nce_against_a_loop():
+    query, key, tau = torch.randn(7, 5).double(), torch.randn(7, 5).double(), 0.07
+    total, right = 0.0, 0
+    for i in range(7):
+        rho = [float(query[i] @ k / math.sqrt(query[i] @ query[i]) / math.sqrt(k @ k)) for k in key]
+        total -= math.log(math.exp(rho[i] / tau) / sum(math.exp(r / tau) for r in rho))
+        right += max(range(7), key=lambda j: rho[j]) == i
+    loss, accuracy = cmaev.info_nce(query, key, tau)
+    assert float(loss) == pytest.approx(total / 7, rel=1e-5)
+    assert float(accuracy) == pytest.approx(right / 7)
+
+
+def test_batch_norm_equals_torch():
+    ours, x = cmaev.GlobalBatchNorm(6), torch.randn(9, 6) * 3 + 2
+    torch.testing.assert_close(ours(x), F.batch_norm(x, None, None, training=True))
+
+
+def test_normalize_and_back():
+    clips = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
+    x = cmaev.normalize(clips)
+    assert x.shape == (2, 3, 4, 8, 8)
+    assert float(x[1, 2, 3, 4, 5]) == pytest.approx((int(clips[1, 3, 2, 4, 5]) / 255 - 0.406) / 0.225, abs=1e-5)
+    torch.testing.assert_close(cmaev.to_unit_range(x), clips.transpose(1, 2) / 255)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6  CMAE-V
+# ---------------------------------------------------------------------------------------------------------------------
+
+TINY = dict(frames=4, size=32, tubelet=2, patch=8)
+cmaev.ENCODERS["vit_test"] = dict(width=64, depth=2, heads=2)
+cmaev.ENCODERS["convvit_test"] = dict(widths=(16, 32, 64), depths=(1, 1, 1), heads=2)
+
+
+def tiny(encoder="vit_test", batch=6, **settings):
+    torch.manual_seed(0)
+    model = cmaev.CMAEV(encoder, **settings, **TINY)
+    online = F.interpolate(torch.randn(batch, 3, 4, 8, 8), (4, 32, 32), mode="trilinear")
+    return model, (online, online + 0.3 * torch.randn(batch, 3, 4, 32, 32), cmaev.tube_mask(batch, (2, 4, 4), 0.75))
+
+
+def test_loss_is_equation_8():
+    model, batch = tiny(contrast_weight=0.5)
+    losses = model(*batch)
+    assert float(losses["loss"]) == pytest.approx(float(losses["reconstruction"] + 0.5 * losses["contrast"]))
+    alone, _ = tiny(contrast_weight=0.0)
+    alone.load_state_dict({k: v for k, v in model.state_dict().items() if k in alone.state_dict()})
+    losses_alone = alone(batch[0], None, batch[2])
+    assert losses_alone["loss"] == losses_alone["reconstruction"] == losses["reconstruction"]
+    assert not any("target" in name or "project" in name for name in alone.state_dict())
+
+
+@pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
+def test_gradient_reaches_all_but_the_target(encoder):
+    model, batch = tiny(encoder)
+    batch[1].requires_grad_()
+    model(*batch)["loss"].backward()
+    assert batch[1].grad is None
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith("target"), name
+
+
+def test_momentum_step():
+    model, _ = tiny()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert all(torch.equal(before[f"target_{n}"], before[n]) for n in before if f"target_{n}" in before)  # a copy
+    for p in model.parameters():
+        p.data += torch.randn_like(p) * p.requires_grad
+    model.update_target(0.9)
+    moved = 0
+    for name, p in model.named_parameters():
+        if name.startswith("target_"):
+            source = model.get_parameter(name.removeprefix("target_"))
+            torch.testing.assert_close(p.data, 0.9 * before[name] + 0.1 * source.data)
+            moved += not torch.equal(p, before[name])
+    assert moved == len(list(model.target_encoder.parameters())) + len(list(model.target_projector.parameters()))
+
+
+@pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
+def test_overfits_one_batch(encoder):
+    model, batch = tiny(encoder)
+    optimizer = torch.optim.AdamW(cmaev.decay_groups(model, 0.05), lr=3e-3)
+    first = model(*batch)
+    for _ in range(200):
+        losses = model(*batch)
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_target(0.99)
+    assert losses["reconstruction"] < 0.35 * first["reconstruction"]
+    assert losses["contrast"] < 0.2 * first["contrast"] and losses["accuracy"] == 1
+
+
+def test_reconstruct_pastes_what_is_visible():
+    model, (online, _, mask) = tiny()
+    original, masked, filled = model.reconstruct(online, mask)
+    hidden = cmaev.uncubes(mask[..., None].expand(-1, -1, 2 * 8 * 8 * 3), (2, 4, 4), (4, 32, 32))
+    clipped = original.clamp(0, 1)
+    assert torch.equal(filled[~hidden], clipped[~hidden]) and torch.equal(masked[~hidden], clipped[~hidden])
+    assert (masked[hidden] == 0.5).all() and (filled[hidden] != clipped[hidden]).float().mean() > 0.5
+
+
+def test_decay_groups_and_schedule():
+    model, _ = tiny()
+    decayed, free = ({id(p) for p in group["params"]} for group in cmaev.decay_groups(model, 0.05))
+    for name, p in model.named_parameters():
+        where = "neither" if name.startswith("target") else (
+            "free" if name.endswith("bias") or "norm" in name or "mask_token" in name or ".1.weight" in name else "decayed")
+        assert (id(p) in decayed, id(p) in free) == (where == "decayed", where == "free"), name
+    rates = [cmaev.learning_rate(step, 10, 50, 0.1, 1.0, 0.2) for step in range(50)]
+    assert rates[:10] == pytest.approx(np.linspace(0.1, 1.0, 10).tolist())
+    assert rates[10:] == pytest.approx([0.2 + 0.8 * (1 + math.cos(math.pi * i / 40)) / 2 for i in range(40)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9  Training: ranks, kills, folders, wrong input
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHORT = ("--encoder vit_tiny --frames 4 --size 32 --patch 8 --mask-ratio 0.75 --batch-size 8 --epochs 4 --amp none "
+         "--warmup-epochs 1 --log-every 2 --save-every 3 --picture-every 0").split()  # 20 steps over 40 videos
+
+
+def run_pretrain(*arguments):
+    """pretrain.py in this process -> what it ends with: None, or the line that it exits with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
+        try:
+            cmaev.run_script(pretrain.main)
+        except SystemExit as end:
+            return str(end)
+
+
+def log_of(run):
+    keep = ("step", "loss", "reconstruction", "contrast", "accuracy", "lr", "grad_norm")
+    return [{name: line[name] for name in keep} for line in map(json.loads, (run / "log.jsonl").open())]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo):
+    run = demo.parent / "undisturbed"
+    assert run_pretrain(*SHORT, "--data", demo / "train.txt", "--out", run, "--workers", 0) is None
+    return run
+
+
+def test_killed_and_resumed_run_is_bit_equal(demo, undisturbed):
+    """With other worker processes, too."""
+    run = demo.parent / "killed"
+    command = [*SHORT, "--data", str(demo / "train.txt"), "--out", str(run)]
+    process = subprocess.Popen([sys.executable, HERE / "pretrain.py", *command, "--workers", "1"],
+                               stdout=subprocess.DEVNULL)
+    log, deadline = run / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 4) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    assert 3 <= step < 20
+    assert run_pretrain(*command, "--workers", 2) is None
+    assert log_of(run) == log_of(undisturbed)
+    weights, expected = (torch.load(r / "checkpoint.pt", weights_only=True)["model"] for r in (run, undisturbed))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def part_of(batch, rank, world):
+    n = len(batch[0])
+    return [x[rank * n // world:(rank + 1) * n // world] for x in batch]
+
+
+def as_rank(folder):
+    """What each of two torchrun processes does: a short run, then one backward pass of its half of a batch."""
+    sys.argv = ["pretrain.py", *SHORT, "--data", f"{folder}/demo/train.txt", "--out", f"{folder}/two", "--workers", "1"]
+    pretrain.main()
+    rank = torch.distributed.get_rank()
+    for encoder in ("vit_test", "convvit_test"):
+        model, batch = tiny(encoder, batch=8)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        losses = parallel(*part_of(batch, rank, 2))
+        losses["loss"].backward()
+        means = {name: float(cmaev.mean_over_ranks(value.detach())) for name, value in losses.items()}
+        if rank == 0:
+            grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            torch.save((means, grads), f"{folder}/{encoder}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(demo):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    subprocess.run([*command, demo.parent], check=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    return demo.parent
+
+
+@pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
+def test_two_ranks_give_the_gradient_of_the_whole_batch(two_ranks, encoder):
+    means, grads = torch.load(two_ranks / f"{encoder}.pt", weights_only=True)
+    model, batch = tiny(encoder, batch=8)
+    losses = model(*batch)
+    losses["loss"].backward()
+    assert means == pytest.approx({name: float(value) for name, value in losses.items()}, rel=1e-5)
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert grads.keys() == expected.keys()
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6 * scale, msg=lambda m: f"{name}: {m}")
+
+
+def test_two_ranks_train_as_one(two_ranks, undisturbed):
+    for line, expected in zip(log_of(two_ranks / "two"), log_of(undisturbed), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3)
+
+
+def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
+    """`python pretrain.py` at its smallest: makes the videos, trains, leaves what it promises, and knows its own end."""
+    make_demo = cmaev.make_demo
+    monkeypatch.setattr(cmaev, "make_demo", lambda folder: make_demo(folder, train=20, val=10))
+    monkeypatch.chdir(tmp_path)
+    small = ["--epochs", 2, "--subset", 16, "--batch-size", 8, "--log-every", 1, "--repeats", 2]
+    assert run_pretrain(*small) is None
+    run = Path("runs/pretrain-demo")
+    assert len(cmaev.read_list("data/demo/train.txt")) == 20 and len(cmaev.read_list("data/demo/val.txt")) == 10
+    log = [json.loads(line) for line in (run / "log.jsonl").open()]
+    assert [line["step"] for line in log] == list(range(1, 9)) and log[-1]["epoch"] == 2
+    assert all(math.isfinite(value) for line in log for value in line.values())
+    assert log[-1]["loss"] == pytest.approx(log[-1]["reconstruction"] + 0.14 * log[-1]["contrast"])
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["settings"]["lr"] == pretrain.SETTINGS["lr"][0][0] and settings["torch"] == torch.__version__
+    assert cmaev.decode_image(str(run / "reconstruction-000008.png")).shape == (3, 2 + 9 * 50, 2 + 8 * 50)
+    encoder = torch.load(run / "encoder.pt", weights_only=True)["model"]
+    assert {"patch_embed.proj.weight", "blocks.5.attn.q_bias", "blocks.0.mlp.fc2.bias", "norm.weight"} < encoder.keys()
+    output = capsys.readouterr().out
+    assert "step 8/8" in output and "left" in output and "finished" in output
+    assert run_pretrain(*small) is None
+    assert "is finished" in capsys.readouterr().out
+    end = run_pretrain(*small, "--lr", 1, "--encoder", "vit_small", "--workers", 0)
+    assert "lr 0.004 -> 1.0" in end and "encoder vit_tiny -> vit_small" in end and "workers" not in end
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    write(folder / "good.mp4", frames=3)
+    with av.open(str(folder / "audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame) + stream.encode(None))
+    (folder / "text.mp4").write_text("no video")
+    lists = {"empty": "\n", "gone": "good.mp4 0\nlost.mp4 1\n", "label": "good.mp4 0\ngood.mp4 jump\n",
+             "audio": "audio.mp4 0\n", "text": "text.mp4 0\n", "good": "good.mp4 0\n" * 8}
+    for name, text in lists.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--data nowhere.txt", "nowhere.txt: no such list"),
+    ("--data empty.txt", "empty.txt: no videos in it"),
+    ("--data gone.txt", "gone.txt, line 2: lost.mp4 does not exist"),
+    ("--data label.txt", "label.txt, line 2: label 'jump' is no integer"),
+    ("--data audio.txt --batch-size 2 --repeats 2", "audio.mp4: has no video stream"),
+    ("--data text.txt --batch-size 2 --repeats 2", "text.mp4: cannot be opened as a video"),
+    ("--data good.txt --batch-size 4 --size 50", "50x50 pixels does not divide"),
+    ("--data good.txt --batch-size 4 --frames 3", "3 frames of 48x48"),
+    ("--data good.txt --batch-size 4 --mask-ratio 1", "mask ratio 1.0 masks 36 of 36"),
+    ("--data good.txt --batch-size 4 --encoder vgg", "no encoder 'vgg'"),
+    ("--data good.txt --batch-size 4 --encoder convvit_tiny --size 60 --patch 6", "patch size 6"),
+    ("--data good.txt --batch-size 4 --amp fp8", "--amp fp8"),
+    ("--data good.txt --batch-size 16", "--batch-size 16"),
+    ("--data good.txt --batch-size 5 --repeats 2", "no multiple"),
+    ("--recipe k400", "needs --data"),
+])
+def test_wrong_input_ends_in_one_line(wrong, monkeypatch, arguments, words):
+    monkeypatch.chdir(wrong)
+    end = run_pretrain(*arguments.split())
+    assert end.startswith("error: ") and words in end and "\n" not in end
+    assert not Path("runs").exists()
+
+
+def test_a_video_that_breaks_in_a_worker_ends_in_one_line(wrong, monkeypatch):
+    monkeypatch.chdir(wrong)
+    Path("late.txt").write_text("good.mp4 0\n" + "audio.mp4 0\n" * 7)
+    end = run_pretrain("--data", "late.txt", "--batch-size", 4, "--workers", 1, "--out", "late")
+    assert end.startswith("error: audio.mp4: has no video stream") and "\n" not in end
+
+
+def test_checkpoint_of_another_model(undisturbed, demo):
+    run = demo.parent / "other"
+    run.mkdir()
+    state = torch.load(undisturbed / "checkpoint.pt", weights_only=True)
+    state["model"]["encoder.norm.weight"] = torch.ones(7)
+    torch.save(state, run / "checkpoint.pt")
+    command = [*SHORT, "--data", demo / "train.txt", "--out", run]
+    end = run_pretrain(*command)
+    assert "checkpoint.pt" in end and "encoder.norm.weight is [7], not [192]" in end and "\n" not in end
+    (run / "checkpoint.pt").write_bytes(b"no checkpoint")
+    end = run_pretrain(*command)
+    assert "checkpoint.pt cannot be read" in end and "\n" not in end
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10  Demo
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_classes_differ_in_motion_alone():
+    """The same draw under every class: one middle frame, and around it the shape moves as the class says."""
+    videos = {name: np.stack(list(cmaev.demo_video(label, np.random.default_rng(4)))).astype(int)
+              for label, name in enumerate(cmaev.DEMO_CLASSES)}
+    middle = cmaev.DEMO_FRAMES // 2
+    still = videos["growing"]
+    for name, video in videos.items():
+        assert name in ("swinging", "bobbing") or np.array_equal(video[middle], still[middle])
+    for name, axis, sign in (("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)):
+        offset = lambda t: (np.argwhere(np.abs(videos[name][t] - still[t]).sum(axis=-1) > 30).mean(axis=0))[axis]
+        assert sign * (offset(middle + 20) - offset(middle - 20)) > 5
+
+
+def test_demo_is_a_pure_function(demo):
+    videos = cmaev.read_list(demo / "train.txt")
+    assert [label for _, label in videos] == [i % 10 for i in range(40)]
+    frames = np.stack(list(cmaev.demo_video(7, np.random.default_rng((0, 0, 17)))))
+    decoded = cmaev.Video(videos[17][0]).read(range(48)).numpy()
+    assert np.abs(decoded - frames.astype(float)).mean() < 12  # H.264's losses
+
+
+if __name__ == "__main__":
+    as_rank(Path(sys.argv[1]))
