@@ -81,8 +81,11 @@ class Video:
             self.length = len(self.images)
         else:
             self.images = None
-            self._open()
-            self._index()
+            try:
+                self._open()
+                self._index()
+            except (av.error.FFmpegError, OSError) as error:
+                raise CMAEVError(f"{path}: cannot be opened as a video: {one_line(error)}") from None
         if self.length == 0:
             raise CMAEVError(f"{path}: no frames in it: give a video file, or a folder of .jpg or .png frames")
 
@@ -110,10 +113,7 @@ class Video:
             yield i, decode_image(self.images[i], ImageReadMode.RGB).permute(1, 2, 0)
 
     def _open(self):
-        try:
-            self.container = av.open(self.path)
-        except (av.error.FFmpegError, OSError) as error:
-            raise CMAEVError(f"{self.path}: cannot be opened as a video: {one_line(error)}") from None
+        self.container = av.open(self.path)
         if not self.container.streams.video:
             raise CMAEVError(f"{self.path}: has no video stream: take it off the list")
         self.stream = self.container.streams.video[0]
@@ -126,8 +126,8 @@ class Video:
         only the times of decoding (AVI: they never go back, although the codec reorders frames). Such frames are
         counted by decoding, and `pts` is None.
         """
-        packets = [packet for packet in self.container.demux(self.stream) if packet.size]
-        shown = [packet.pts for packet in packets if not packet.is_discard]
+        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self.container.demux(self.stream) if p.size]
+        shown = [pts for pts, _, discard in packets if not discard]
         if None in shown or len(set(shown)) < len(shown) or (
                 self.stream.codec_context.has_b_frames and shown == sorted(shown)):
             self.pts = None
@@ -136,7 +136,7 @@ class Video:
         else:
             self.pts = sorted(shown)
             self.position = {pts: i for i, pts in enumerate(self.pts)}
-            self.keys = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
+            self.keys = sorted(pts for pts, key, _ in packets if key and pts is not None)
             self.length = len(self.pts)
 
     def _read_file(self, wanted):
@@ -176,7 +176,7 @@ class Video:
 
 def upright(frame):
     """A decoded av.VideoFrame -> uint8 RGB tensor [H, W, 3], turned by the rotation that the file asks for."""
-    image = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1))
     return image.rot90(round(frame.rotation / 90))
 
 
@@ -433,12 +433,13 @@ def sincos_table(tokens, width):
 class CubeEmbed(nn.Module):
     """A Conv3d whose stride is its kernel, over whole cubes: [..., values (t, h, w, channel)] -> [..., width].
 
-    Kept as the convolution that VideoMAE's files hold, computed as the matrix product that it is.
+    Kept as the convolution that VideoMAE's files hold, computed and initialised [MAE] as the matrix that it is.
     """
 
     def __init__(self, width, cube):
         super().__init__()
         self.proj = nn.Conv3d(3, width, cube, stride=cube)
+        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
 
     def forward(self, x):
         return F.linear(x, self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1), self.proj.bias)
@@ -647,6 +648,7 @@ class PixelDecoder(nn.Module):
         self.head = nn.Linear(width, values)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)  # [choice] starts near the mean, loss 1: saves the way down to it
 
     def forward(self, tokens, mask):
         visible, masked = (take(self.positions.expand(len(mask), -1, -1), numbers) for numbers in split_tokens(mask))
@@ -929,6 +931,17 @@ def join_ranks():
     return rank, world, device
 
 
+@contextlib.contextmanager
+def chief_first():
+    """The block runs on rank 0, and only then on the other ranks, who find on disk what it left there."""
+    ranks = world_size() > 1
+    if ranks and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if ranks and dist.get_rank() == 0:
+        dist.barrier()
+
+
 def amp_dtype(name, device):
     """--amp auto, bf16, fp16 or none -> torch.bfloat16, torch.float16 or None (float32)."""
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
@@ -1006,7 +1019,7 @@ def save_file(state, path):
     os.replace(partial, path)
 
 
-def open_run(folder, settings, free, device, write):
+def open_run(folder, settings, free, device):
     """Starts a run's folder, or checks that it is this run's -> its last checkpoint, or None.
 
     settings.json keeps the settings, the commit and the versions. Settings in `free` change no weights and may differ.
@@ -1025,7 +1038,7 @@ def open_run(folder, settings, free, device, write):
                             capture_output=True, text=True)
     versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    if write:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(dict(settings=settings, commit=commit.stdout.strip() or None, device=device_name,
                                           world_size=world_size(), python=platform.python_version(), **versions), indent=1))
@@ -1110,7 +1123,7 @@ def write_video(path, frames, rate=24):
 def demo_video(label, rng):
     """The frames of one demo video, uint8 [H, W, 3] each."""
     motion = DEMO_CLASSES[label]
-    background, texture = demo_texture(rng, 40, 120), demo_texture(rng, 12, 40)
+    background, texture = demo_texture(rng, 100, 220, 0.5), demo_texture(rng, 12, 36, 0.4)
     outline = DEMO_SHAPES[rng.integers(len(DEMO_SHAPES))]
     middle, drift = DEMO_SIDE / 2 + rng.uniform(-10, 10, 2), rng.normal(0, 0.3, 2)
     angle, size = rng.uniform(0, 2 * np.pi), rng.uniform(11, 17)
@@ -1141,10 +1154,11 @@ DEMO_SHAPES = (
 )
 
 
-def demo_texture(rng, shortest, longest):
-    """Four random coloured waves: a function of coordinates [..., 2] in pixels -> RGB [..., 3], mostly in 0 to 1."""
-    angle, length = rng.uniform(0, 2 * np.pi, 4), rng.uniform(shortest, longest, 4)
-    waves = (np.stack([np.cos(angle), np.sin(angle)]) * 2 * np.pi / length).astype(np.float32)
-    phase, color, base = (np.float32(v) for v in (
-        rng.uniform(0, 2 * np.pi, 4), rng.normal(0, 0.13, (4, 3)), rng.uniform(0.25, 0.75, 3)))
+def demo_texture(rng, shortest, longest, strength):
+    """Two random coloured waves: a function of coordinates [..., 2] in pixels -> RGB [..., 3], mostly in 0 to 1."""
+    angle, length = rng.uniform(0, 2 * np.pi, 2), rng.uniform(shortest, longest, 2)
+    waves = np.float32(np.stack([np.cos(angle), np.sin(angle)]) * 2 * np.pi / length)
+    phase, base, color = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.35, 0.65, 3), rng.normal(size=(2, 3))
+    color *= strength / np.linalg.norm(color, axis=1, keepdims=True)
+    phase, base, color = np.float32(phase), np.float32(base), np.float32(color)
     return lambda points: base + np.sin(points @ waves + phase) @ color

@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.io import write_png
@@ -42,14 +41,14 @@ SETTINGS = {
     "mask-ratio": (0.9, "share of masked tubes"),
     "contrast-weight": (0.14, "lambda_c; 0: VideoMAE or video ConvMAE, without a target branch"),
     "temperature": (0.07, "tau of InfoNCE"),
-    "momentum": (0.996, "of the target encoder"),
+    "momentum": ((0.99, 0.996, 0.996), "of the target encoder"),
     "color-augment": (True, "colour augmentation of the target view"),
     "repeats": (1, "clips out of each opened video; an epoch then has so many times the steps"),
     # optimisation
-    "epochs": ((25, 800, 800), "passes over the videos"),
-    "warmup-epochs": ((3, 40, 40), "epochs of linear warm-up"),
-    "batch-size": ((32, 2048, 2048), "clips a step, over all ranks: the K of InfoNCE"),
-    "lr": ((4e-3, 1.5e-4, 1.5e-4), "base learning rate, times batch size / 256"),
+    "epochs": ((24, 800, 800), "passes over the videos"),
+    "warmup-epochs": ((2, 40, 40), "epochs of linear warm-up"),
+    "batch-size": ((16, 2048, 2048), "clips a step, over all ranks: the K of InfoNCE"),
+    "lr": ((5e-3, 1.5e-4, 1.5e-4), "base learning rate, times batch size / 256"),
     "warmup-lr": (1e-6, "where the warm-up starts, times batch size / 256"),
     "min-lr": (1e-5, "where the cosine ends, times batch size / 256"),
     "beta1": (0.9, "AdamW"),
@@ -61,7 +60,7 @@ SETTINGS = {
     # the machine and the output: free to change between two starts of a run
     "compile": (False, "torch.compile"),
     "workers": (-1, "decoding processes a rank; -1: one a core beside a GPU, at most 16, and 2 on a CPU"),
-    "log-every": ((10, 20, 20), "steps a log line"),
+    "log-every": ((20, 20, 20), "steps a log line"),
     "save-every": ((100, 1000, 1000), "steps a checkpoint"),
     "picture-every": ((100, 5000, 5000), "steps a picture of reconstructions; 0: none"),
 }
@@ -75,12 +74,10 @@ def main():
     say = print if chief else lambda *_, **__: None
 
     # the videos
-    if s.recipe == "demo" and s.data == DEMO and not os.path.exists(DEMO):
-        say("making the demo's videos in data/demo", flush=True)
-        if chief:
+    with cmaev.chief_first():
+        if s.data == DEMO and not os.path.exists(DEMO):
+            print("making the demo's videos in data/demo", flush=True)
             cmaev.make_demo(Path(DEMO).parent)
-        if world > 1:
-            dist.barrier()
     if not s.data:
         raise cmaev.CMAEVError(f"the recipe {s.recipe} needs --data: a list (`path label` a line) or class folders")
     videos = cmaev.read_list(s.data)
@@ -111,7 +108,8 @@ def main():
 
     # the run's folder, and where it stopped
     run, start = Path(s.out), 0
-    checkpoint = cmaev.open_run(run, s, FREE, device, write=chief)
+    with cmaev.chief_first():
+        checkpoint = cmaev.open_run(run, s, FREE, device)
     if checkpoint:
         cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -24,6 +24,7 @@ import cmaev
 import pretrain
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities")  # torchvision 0.29
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,7 +463,7 @@ def tiny(encoder="vit_test", batch=6, **settings):
 def test_loss_is_equation_8():
     model, batch = tiny(contrast_weight=0.5)
     losses = model(*batch)
-    assert float(losses["loss"]) == pytest.approx(float(losses["reconstruction"] + 0.5 * losses["contrast"]))
+    assert losses["loss"].item() == pytest.approx((losses["reconstruction"] + 0.5 * losses["contrast"]).item())
     alone, _ = tiny(contrast_weight=0.0)
     alone.load_state_dict({k: v for k, v in model.state_dict().items() if k in alone.state_dict()})
     losses_alone = alone(batch[0], None, batch[2])
@@ -615,7 +616,7 @@ def test_two_ranks_give_the_gradient_of_the_whole_batch(two_ranks, encoder):
     model, batch = tiny(encoder, batch=8)
     losses = model(*batch)
     losses["loss"].backward()
-    assert means == pytest.approx({name: float(value) for name, value in losses.items()}, rel=1e-5)
+    assert means == pytest.approx({name: value.item() for name, value in losses.items()}, rel=1e-5)
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == expected.keys()
     scale = max(float(grad.abs().max()) for grad in expected.values())
@@ -651,7 +652,7 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     assert run_pretrain(*small) is None
     assert "is finished" in capsys.readouterr().out
     end = run_pretrain(*small, "--lr", 1, "--encoder", "vit_small", "--workers", 0)
-    assert "lr 0.004 -> 1.0" in end and "encoder vit_tiny -> vit_small" in end and "workers" not in end
+    assert f"lr {pretrain.SETTINGS['lr'][0][0]} -> 1.0" in end and "encoder vit_tiny -> vit_small" in end and "workers" not in end
 
 
 @pytest.fixture(scope="module")
