@@ -250,7 +250,7 @@ def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
     """Frame numbers of the two views of one video (paper, section 3) -> (online, target), int64 [frames] each.
 
     Online: t1 + i * rate for i in 0 .. frames - 1. Target: the same plus delta, uniform on {0, ..., max_shift}. t1 is
-    uniform over every start at which both views fit; past the end of a shorter video, its last frame repeats [VideoMAE].
+    uniform over every start at which both views fit. A shorter video is continued by its last frame [VideoMAE].
     """
     delta = torch.randint(max_shift + 1, (), generator=generator)
     starts = num_frames - ((frames - 1) * rate + int(delta))
@@ -294,7 +294,7 @@ def seeded(*key):
 
 
 class PretrainClips(Dataset):
-    """The two views of each video and their tube mask. Sample (epoch, index) is a pure function of (seed, epoch, index).
+    """The two views of each video and their tube mask: a sample is a pure function of (seed, epoch, index).
 
     `videos` is read_list's; `grid` the encoder's token grid. `repeats` clips, each with its own start, shift, crop and
     mask, come out of one opened video [mae_st]. dataset[epoch, index] is a dict, R = repeats, S = size:
@@ -354,7 +354,7 @@ def tube_mask(batch, grid, ratio, generator=None):
     time_steps, positions = grid[0], grid[1] * grid[2]
     masked = int(ratio * positions)
     if not 0 < masked < positions:
-        raise CMAEVError(f"mask ratio {ratio} masks {masked} of {positions} positions: some, but not all, must be masked")
+        raise CMAEVError(f"mask ratio {ratio} masks {masked} of {positions} positions: choose one that hides some, not all")
     rank = torch.rand(batch, positions, generator=generator).argsort(dim=1).argsort(dim=1)
     return (rank < masked).repeat(1, time_steps)
 
@@ -401,13 +401,13 @@ def token_grid(frames, size, tubelet, patch):
     """Clip geometry -> grid (T / tubelet, H / patch, W / patch). `size` is H = W or (H, W)."""
     height, width = (size, size) if isinstance(size, int) else size
     if frames % tubelet or height % patch or width % patch:
-        raise CMAEVError(f"a clip of {frames} frames of {height}x{width} pixels does not divide into cubes of {tubelet} "
-                         f"frames of {patch}x{patch}: choose multiples")
+        raise CMAEVError(f"a clip of {frames} frames of {height}x{width} pixels does not divide into cubes of "
+                         f"{tubelet} frames of {patch}x{patch}: choose multiples")
     return frames // tubelet, height // patch, width // patch
 
 
 def cubes(clip, grid):
-    """Cuts a clip into the cubes of a grid, one a token: [B, 3, T, H, W] -> [B, N, values], values (t, h, w, channel)."""
+    """Cuts a clip into cubes, one a token: [B, 3, T, H, W] -> [B, N, values], in order (t, h, w, channel)."""
     (t, h, w), (frames, height, width) = grid, clip.shape[2:]
     x = clip.reshape(-1, 3, t, frames // t, h, height // h, w, width // w)
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)
@@ -511,7 +511,7 @@ class Encoder(nn.Module):
         x, positions = cubes(clip, self.grid), self.positions.expand(len(clip), -1, -1)
         if mask is None:
             return x, positions, None
-        numbers, _ = split_tokens(mask)
+        numbers = split_tokens(mask)[0].to(clip.device, non_blocking=True)
         return take(x, numbers), take(positions, numbers), numbers
 
 
@@ -578,7 +578,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvViT(Encoder):
-    """ConvMAE's hybrid encoder for video: two stages of masked convolutions, then ViT blocks. Same interface as the ViT.
+    """ConvMAE's hybrid encoder for video: two stages of masked convolutions, then ViT blocks. Interface: the ViT's.
 
     Stages 1 and 2 hold 4 x 4 and 2 x 2 pixels of features a token, laid out token by token, [B, N_v, s, s, C]: then a
     patch embedding, whose kernel is its stride, is a matrix product inside the token. For video [choice]: the tubelet
@@ -697,7 +697,7 @@ class GlobalBatchNorm(nn.Module):
 
 
 class ProjectionHead(nn.Sequential):
-    """Linear, BatchNorm, ReLU, Linear without bias [CMAE]: projector and predictor are both this. [B, in] -> [B, out]."""
+    """Projector and predictor: Linear, BatchNorm, ReLU, Linear without bias [CMAE]. [B, in] -> [B, out]."""
 
     def __init__(self, width_in, hidden, width_out):
         super().__init__(nn.Linear(width_in, hidden), GlobalBatchNorm(hidden), nn.ReLU(),
@@ -761,7 +761,7 @@ def info_nce(query, key, temperature):
 
 
 class CMAEV(nn.Module):
-    """The whole method. model(online, target, mask) -> dict of float32 scalars: loss, reconstruction, contrast, accuracy.
+    """The whole method. model(online, target, mask) -> float32 scalars: loss, reconstruction, contrast, accuracy.
 
     online, target [B, 3, T, H, W] normalised clips; mask bool [B, N], best left on the CPU (see split_tokens).
     `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): the target is then None, and no target branch
@@ -871,7 +871,8 @@ def load_weights(module, state, path):
         if name not in state:
             raise CMAEVError(f"{path} is of another model: it has no {name}")
         if state[name].shape != value.shape:
-            raise CMAEVError(f"{path} is of another model: {name} is {list(state[name].shape)}, not {list(value.shape)}")
+            raise CMAEVError(f"{path} is of another model: "
+                             f"{name} is {list(state[name].shape)}, not {list(value.shape)}")
     unknown = state.keys() - module.state_dict().keys()
     if unknown:
         raise CMAEVError(f"{path} is of another model: it has {min(unknown)}, which this one has not")
@@ -979,8 +980,8 @@ def decay_groups(model, weight_decay):
 class Batches:
     """One rank's batches from step `start` to the end of the run: lists of (epoch, index).
 
-    Each epoch is a permutation seeded by (seed, epoch), cut into global batches, cut into ranks; what is left over at an
-    epoch's end is dropped. One iterator runs through all epochs, so that the loader's workers never pause or restart.
+    Each epoch is a permutation seeded by (seed, epoch), cut into global batches, cut into ranks; what is left over
+    at its end is dropped. One iterator runs through all epochs, so that the loader's workers never pause or restart.
     """
 
     def __init__(self, videos, batch, steps, seed, rank, world, start=0):
@@ -1040,14 +1041,15 @@ def open_run(folder, settings, free, device):
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(dict(settings=settings, commit=commit.stdout.strip() or None, device=device_name,
-                                          world_size=world_size(), python=platform.python_version(), **versions), indent=1))
+        about = dict(settings=settings, commit=commit.stdout.strip() or None, device=device_name,
+                     world_size=world_size(), python=platform.python_version(), **versions)
+        record.write_text(json.dumps(about, indent=1))
     if not checkpoint.exists():
         return None
     try:
         return torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CMAEVError(f"{checkpoint} cannot be read ({type(error).__name__}): damaged? Restore it or delete it") from None
+        raise CMAEVError(f"{checkpoint} cannot be read ({type(error).__name__}): restore it or delete it") from None
 
 
 def start_log(path, step):

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -31,12 +32,12 @@ SETTINGS = {
     "subset": (0, "only the first N videos of a seeded shuffle; 0: all"),
     # the model
     "encoder": (("vit_tiny", "vit_base", "vit_base"), ", ".join(cmaev.ENCODERS)),
-    "frames": (16, "frames a clip"),
+    "frames": ((8, 16, 16), "frames a clip"),
     "size": ((48, 224, 224), "height and width of a clip, pixels"),
     "tubelet": (2, "frames a token"),
     "patch": ((8, 16, 16), "height and width of a token, pixels"),
     # the method
-    "rate": ((2, 4, 2), "sampling rate r: every r-th frame"),
+    "rate": ((4, 4, 2), "sampling rate r: every r-th frame"),
     "max-shift": ((4, 8, 4), "p: the target view starts 0 to p frames later; 0: no temporal shift"),
     "mask-ratio": (0.9, "share of masked tubes"),
     "contrast-weight": (0.14, "lambda_c; 0: VideoMAE or video ConvMAE, without a target branch"),
@@ -45,7 +46,7 @@ SETTINGS = {
     "color-augment": (True, "colour augmentation of the target view"),
     "repeats": (1, "clips out of each opened video; an epoch then has so many times the steps"),
     # optimisation
-    "epochs": ((24, 800, 800), "passes over the videos"),
+    "epochs": ((50, 800, 800), "passes over the videos"),
     "warmup-epochs": ((2, 40, 40), "epochs of linear warm-up"),
     "batch-size": ((16, 2048, 2048), "clips a step, over all ranks: the K of InfoNCE"),
     "lr": ((5e-3, 1.5e-4, 1.5e-4), "base learning rate, times batch size / 256"),
@@ -60,9 +61,9 @@ SETTINGS = {
     # the machine and the output: free to change between two starts of a run
     "compile": (False, "torch.compile"),
     "workers": (-1, "decoding processes a rank; -1: one a core beside a GPU, at most 16, and 2 on a CPU"),
-    "log-every": ((20, 20, 20), "steps a log line"),
-    "save-every": ((100, 1000, 1000), "steps a checkpoint"),
-    "picture-every": ((100, 5000, 5000), "steps a picture of reconstructions; 0: none"),
+    "log-every": ((50, 20, 20), "steps a log line"),
+    "save-every": ((250, 1000, 1000), "steps a checkpoint"),
+    "picture-every": ((250, 5000, 5000), "steps a picture of reconstructions; 0: none"),
 }
 FREE = {"workers", "compile", "log_every", "save_every", "picture_every"}
 
@@ -91,7 +92,8 @@ def main():
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: needs at least 2 clips, and no more than the "
                                f"{len(videos) * s.repeats} that the {len(videos)} videos of {s.data} give")
     cmaev.Video(videos[0][0])  # a list of what is no video fails here, not in a worker
-    steps, warmup = (round(epochs * (len(videos) // per_step)) for epochs in (s.epochs, s.warmup_epochs))
+    per_epoch = len(videos) // per_step
+    steps, warmup = s.epochs * per_epoch, s.warmup_epochs * per_epoch
 
     # the model
     torch.manual_seed(s.seed)
@@ -121,12 +123,12 @@ def main():
     if chief:
         cmaev.start_log(run / "log.jsonl", start)
     parameters = sum(p.numel() for p in model.encoder.parameters())
-    say(f"{s.encoder}, {parameters / 1e6:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} clips; "
-        f"{flops * s.batch_size * steps:.2g} floating-point operations; {world} x {device.type}, "
+    say(f"{s.encoder}, {parameters / 1e6:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} "
+        f"clips, {flops * s.batch_size * steps:.2g} floating-point operations; {world} x {device.type}, "
         f"{str(dtype or torch.float32).removeprefix('torch.')}" + (f"; going on from step {start}" if start else ""))
 
     # the loop
-    trained = DistributedDataParallel(model) if world > 1 else model
+    trained = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     if s.compile:
         trained = torch.compile(trained)
     loader = iter(DataLoader(
@@ -159,29 +161,29 @@ def main():
         if done % s.log_every == 0 or last:
             *means, _ = (cmaev.mean_over_ranks(sums) / sums[-1]).tolist()  # waits for the device
             seconds, clips_done = time.perf_counter() - began, (done - logged) * s.batch_size
-            record = dict(step=done, epoch=done * per_step / len(videos), **dict(zip(LOSSES, means)), lr=lr,
+            record = dict(step=done, epoch=done / per_epoch, **dict(zip(LOSSES, means)), lr=lr,
                           grad_norm=grad_norm.item(), clips_per_s=clips_done / seconds, data_wait=waited / seconds,
                           tflop_per_s=flops * clips_done / seconds / 1e12, memory_mib=cmaev.peak_memory(device))
             if chief:
                 with open(run / "log.jsonl", "a") as log:
                     print(json.dumps(record), file=log)
-                left = time.gmtime(seconds / (done - logged) * (steps - done))
+                left = timedelta(seconds=round(seconds / (done - logged) * (steps - done)))
                 print("step {step}/{steps}  epoch {epoch:.2f}  loss {loss:.4f} = {reconstruction:.4f} + {weight} x "
                       "{contrast:.4f}  accuracy {accuracy:.0%}  lr {lr:.1e}  grad {grad_norm:.2f}  {clips_per_s:.1f} "
                       "clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(
-                          steps=steps, weight=s.contrast_weight, left=time.strftime("%H:%M:%S", left), **record),
+                          steps=steps, weight=s.contrast_weight, left=left, **record),
                       flush=True)
             sums.zero_()
             began, waited, logged = time.perf_counter(), 0.0, done
 
+        if chief and s.picture_every and (done % s.picture_every == 0 or last):
+            write_png(picture(model, clips, device), str(run / f"reconstruction-{done:06d}.png"))
         if done % s.save_every == 0 or last:
             cmaev.mean_over_ranks(sums)
             if chief:
                 cmaev.save_encoder(model.encoder, run / "encoder.pt")
                 cmaev.save_file(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
                                      scaler=scaler.state_dict(), sums=sums), run / "checkpoint.pt")
-        if chief and s.picture_every and (done % s.picture_every == 0 or last):
-            write_png(picture(model, clips, device), str(run / f"reconstruction-{done:06d}.png"))
 
     say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures")
 
