@@ -128,7 +128,7 @@ def main():
         f"{str(dtype or torch.float32).removeprefix('torch.')}" + (f"; going on from step {start}" if start else ""))
 
     # the loop
-    trained = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    trained = DistributedDataParallel(model) if world > 1 else model
     if s.compile:
         trained = torch.compile(trained)
     loader = iter(DataLoader(
