@@ -21,6 +21,7 @@ Shapes: B clips, T frames, H x W pixels; N tokens, N_v of them visible and N_m m
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -335,10 +336,22 @@ class PretrainClips(Dataset):
         return v2.functional.resize(views, [self.size, self.size], antialias=True)
 
 
+@functools.cache
+def channel_statistics(device):
+    """ImageNet's mean and std on a device, put there once: float32 [3, 1, 1, 1] each."""
+    return torch.tensor(MEAN, device=device).view(3, 1, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1, 1)
+
+
 def normalize(clips):
     """uint8 [B, T, 3, H, W] as the dataset gives it -> float32 [B, 3, T, H, W] as the models take it."""
-    mean, std = (torch.tensor(v, device=clips.device).view(3, 1, 1) for v in (MEAN, STD))
-    return ((clips / 255 - mean) / std).transpose(1, 2)
+    mean, std = channel_statistics(clips.device)
+    return (clips.transpose(1, 2) / 255 - mean) / std
+
+
+def to_unit_range(clip):
+    """Undoes `normalize`: float [B, 3, T, H, W] -> the same with values in [0, 1]."""
+    mean, std = channel_statistics(clip.device)
+    return clip * std + mean
 
 
 # =====================================================================================================================
@@ -720,12 +733,6 @@ def standardize(x):
     return ((pixels - mean) / std).flatten(-2), mean, std
 
 
-def to_unit_range(clip):
-    """Undoes `normalize`: float [B, 3, T, H, W] -> the same with values in [0, 1]."""
-    mean, std = (torch.tensor(v, device=clip.device).view(3, 1, 1, 1) for v in (MEAN, STD))
-    return clip * std + mean
-
-
 def reconstruction_loss(prediction, clip, mask, grid):
     """Equation 7: mean squared error between predicted and standardised masked cubes -> float32 scalar.
 
@@ -750,7 +757,8 @@ def info_nce(query, key, temperature):
     query, key [B, C], row i of both from the same video -> loss, top-1 accuracy of the finding; float32 scalars.
     """
     query, keys = F.normalize(query.float(), dim=1), gather(F.normalize(key.float(), dim=1))
-    similarity = query @ keys.T / temperature  # [B, B * world]
+    with torch.autocast(query.device.type, enabled=False):
+        similarity = query @ keys.T / temperature  # [B, B * world]
     own = torch.arange(len(query), device=query.device) + len(query) * (dist.get_rank() if world_size() > 1 else 0)
     return F.cross_entropy(similarity, own), (similarity.argmax(dim=1) == own).float().mean()
 

@@ -433,6 +433,15 @@ def test_info_nce_against_a_loop():
     assert float(accuracy) == pytest.approx(right / 7)
 
 
+def test_losses_are_float32_under_amp():
+    query, key, tokens = torch.randn(7, 64), torch.randn(7, 64), torch.randn(2, 6, 1536)
+    clip, mask, grid = torch.randn(2, 3, 4, 32, 48), cmaev.tube_mask(2, (2, 2, 3), 0.5), (2, 2, 3)
+    both = lambda: (*cmaev.info_nce(query, key, 0.07), cmaev.reconstruction_loss(tokens, clip, mask, grid))
+    expected = both()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert both() == expected
+
+
 def test_batch_norm_equals_torch():
     ours, x = cmaev.GlobalBatchNorm(6), torch.randn(9, 6) * 3 + 2
     torch.testing.assert_close(ours(x), F.batch_norm(x, None, None, training=True))
