@@ -870,7 +870,8 @@ def save_encoder(encoder, path):
             state[name.replace("qkv.bias", "q_bias")], state[name.replace("qkv.bias", "v_bias")] = q.clone(), v.clone()
         else:
             state[name] = value
-    save_file({"model": state, "geometry": {"grid": list(encoder.grid), "cube": list(encoder.cube)}}, path)
+    with whole_file(path, "wb") as file:
+        torch.save({"model": state, "geometry": {"grid": list(encoder.grid), "cube": list(encoder.cube)}}, file)
 
 
 def load_weights(module, state, path):
@@ -894,7 +895,7 @@ def load_weights(module, state, path):
 RECIPES = ("demo", "k400", "ssv2")
 
 
-def read_settings(table, description, arguments=None):
+def read_settings(table, description):
     """Command line -> argparse.Namespace. `table` is {flag: (value, or a tuple of one value a recipe, help)}.
 
     --recipe fills every setting; any flag overrides its own.
@@ -902,11 +903,11 @@ def read_settings(table, description, arguments=None):
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--recipe", choices=RECIPES, default="demo", help="fills all settings [demo]")
     for flag, (values, text) in table.items():
-        default = " / ".join(map(str, values)) if isinstance(values, tuple) else values
+        default = " / ".join(str(value) or "-" for value in values) if isinstance(values, tuple) else values
         kind = type(values[0] if isinstance(values, tuple) else values)
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
         parser.add_argument(f"--{flag}", help=f"{text} [{default}]".replace("%", "%%"), **how)
-    settings = parser.parse_args(arguments)
+    settings = parser.parse_args()
     for flag, (values, _) in table.items():
         if getattr(settings, flag.replace("-", "_")) is None:
             value = values[RECIPES.index(settings.recipe)] if isinstance(values, tuple) else values
@@ -1001,13 +1002,12 @@ class Batches:
         return self.steps - self.start
 
     def __iter__(self):
-        order, ordered = None, None
-        for step in range(self.start, self.steps):
-            epoch, i = divmod(step, self.per_epoch)
-            if ordered != epoch:
-                with seeded(self.seed, epoch) as generator:
-                    order, ordered = torch.randperm(self.videos, generator=generator).tolist(), epoch
-            yield [(epoch, index) for index in order[i * self.batch:(i + 1) * self.batch][self.part]]
+        for epoch in range(self.start // self.per_epoch, -(-self.steps // self.per_epoch)):
+            with seeded(self.seed, epoch) as generator:
+                order = torch.randperm(self.videos, generator=generator).tolist()
+            for i in range(self.per_epoch):
+                if self.start <= epoch * self.per_epoch + i < self.steps:
+                    yield [(epoch, index) for index in order[i * self.batch:(i + 1) * self.batch][self.part]]
 
 
 def mean_over_ranks(x):
@@ -1018,14 +1018,24 @@ def mean_over_ranks(x):
     return x
 
 
-def save_file(state, path):
-    """torch.save that leaves a whole file or none: written under another name, then renamed."""
-    partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        torch.save(state, file)
+@contextlib.contextmanager
+def whole_file(path, mode):
+    """A file to write that is there whole or not at all: it has another name until it is closed."""
+    with open(f"{path}.partial", mode) as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    os.replace(f"{path}.partial", path)
+
+
+def git_commit():
+    """The commit that this file is of, marked where it was changed since; None outside a checkout."""
+    try:
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                             capture_output=True, text=True)
+        return git.stdout.strip() or None
+    except OSError:  # git is not installed
+        return None
 
 
 def open_run(folder, settings, free, device):
@@ -1043,15 +1053,14 @@ def open_run(folder, settings, free, device):
         if other:
             raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(other)}): "
                              "give the old ones to go on, or another --out")
-    commit = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                            capture_output=True, text=True)
     versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     if not dist.is_initialized() or dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        about = dict(settings=settings, commit=commit.stdout.strip() or None, device=device_name,
-                     world_size=world_size(), python=platform.python_version(), **versions)
-        record.write_text(json.dumps(about, indent=1))
+        about = dict(settings=settings, commit=git_commit(), device=device_name, world_size=world_size(),
+                     python=platform.python_version(), **versions)
+        with whole_file(record, "w") as file:
+            json.dump(about, file, indent=1)
     if not checkpoint.exists():
         return None
     try:
@@ -1061,9 +1070,10 @@ def open_run(folder, settings, free, device):
 
 
 def start_log(path, step):
-    """Takes back what a killed run logged after its last checkpoint: keeps the lines of steps up to `step`."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    Path(path).write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+    """Takes back what a killed run logged after its last checkpoint: keeps the whole lines of steps up to `step`."""
+    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
+    with whole_file(path, "w") as file:
+        file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
 
 
 def peak_memory(device):

@@ -182,8 +182,9 @@ def main():
             cmaev.mean_over_ranks(sums)
             if chief:
                 cmaev.save_encoder(model.encoder, run / "encoder.pt")
-                cmaev.save_file(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                     scaler=scaler.state_dict(), sums=sums), run / "checkpoint.pt")
+                with cmaev.whole_file(run / "checkpoint.pt", "wb") as file:
+                    torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                    scaler=scaler.state_dict(), sums=sums), file)
 
     say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures")
 

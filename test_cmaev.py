@@ -549,7 +549,7 @@ def test_decay_groups_and_schedule():
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHORT = ("--encoder vit_tiny --frames 4 --size 32 --patch 8 --mask-ratio 0.75 --batch-size 8 --epochs 4 --amp none "
-         "--warmup-epochs 1 --log-every 2 --save-every 3 --picture-every 0").split()  # 20 steps over 40 videos
+         "--warmup-epochs 1 --log-every 4 --save-every 3 --picture-every 0").split()  # 20 steps over 40 videos
 
 
 def run_pretrain(*arguments):
@@ -575,13 +575,13 @@ def undisturbed(demo):
 
 
 def test_killed_and_resumed_run_is_bit_equal(demo, undisturbed):
-    """With other worker processes, too."""
+    """With other worker processes, too; the checkpoint lies between two log lines, as the intervals are 3 and 4."""
     run = demo.parent / "killed"
     command = [*SHORT, "--data", str(demo / "train.txt"), "--out", str(run)]
     process = subprocess.Popen([sys.executable, HERE / "pretrain.py", *command, "--workers", "1"],
                                stdout=subprocess.DEVNULL)
     log, deadline = run / "log.jsonl", time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 4) and time.monotonic() < deadline:
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
