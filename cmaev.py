@@ -21,6 +21,7 @@ Shapes: B clips, T frames, H x W pixels; N tokens, N_v of them visible and N_m m
 
 import argparse
 import contextlib
+import csv
 import functools
 import json
 import math
@@ -41,9 +42,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import ImageReadMode, decode_image
+from torchvision import tv_tensors
+from torchvision.io import ImageReadMode, decode_image, write_png
+from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 
 try:
@@ -206,6 +209,22 @@ def read_list(path):
     return videos
 
 
+def read_labelled(path, flag, classes=None):
+    """read_list for training (`classes` None) and testing -> [(path, label)], labels from 0 to classes - 1.
+
+    Raises CMAEVError, naming the flag, where the path is empty, and the video whose label is missing or too large.
+    """
+    if not path:
+        raise CMAEVError(f"--{flag} is not given: name a list (`path label` a line) or a folder of class folders")
+    videos = read_list(path)
+    for video, label in videos:
+        if label is None or label < 0 or (classes is not None and label >= classes):
+            what, allowed = "no label" if label is None else f"label {label}", "0, 1, 2, ..." if classes is None else (
+                f"0 to {classes - 1}, the classes of the training list")
+            raise CMAEVError(f"{path}: {video} has {what}: give {allowed}")
+    return videos
+
+
 def _read_class_folders(root):
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir())
     is_video = lambda entry: entry.is_dir() or entry.suffix.lower() in VIDEO_SUFFIXES
@@ -283,6 +302,11 @@ def color_augmentation():
     ])
 
 
+def seed_of(*key):
+    """Non-negative integers -> one well-mixed 64-bit seed."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
 @contextlib.contextmanager
 def seeded(*key):
     """torch's CPU generator, seeded from the integers `key` inside the block and as it was after it.
@@ -290,8 +314,7 @@ def seeded(*key):
     It is the global one because torchvision's transforms draw from that.
     """
     with torch.random.fork_rng(devices=[]):
-        seed = np.random.SeedSequence(key).generate_state(1, np.uint64)
-        yield torch.default_generator.manual_seed(int(seed[0]))
+        yield torch.default_generator.manual_seed(seed_of(*key))
 
 
 class PretrainClips(Dataset):
@@ -336,6 +359,123 @@ class PretrainClips(Dataset):
         return v2.functional.resize(views, [self.size, self.size], antialias=True)
 
 
+def dense_indices(num_frames, frames, rate, start):
+    """`frames` frames at a stride of exactly `rate`; `start` in [0, 1] places the clip -> int64 [frames].
+
+    The last frame of a video shorter than the clip repeats.
+    """
+    free = max(num_frames - 1 - (frames - 1) * rate, 0)
+    return (math.floor(start * free + 0.5) + rate * torch.arange(frames)).clamp(max=num_frames - 1)
+
+
+def uniform_indices(num_frames, frames, offset):
+    """One frame from each of `frames` equal segments [TSN]; `offset` in [0, 1), one or [frames], places it inside."""
+    return ((torch.arange(frames) + offset) * num_frames / frames).long().clamp(max=num_frames - 1)
+
+
+def class_names(videos):
+    """Of labelled videos -> [name of class 0, 1, ...]: the folder that holds them, where each class has its own.
+
+    Raises CMAEVError for a class between 0 and the largest that has no video.
+    """
+    folders = {}
+    for path, label in videos:
+        folders.setdefault(label, set()).add(Path(path).parent.name)
+    missing = sorted(set(range(max(folders))) - folders.keys())
+    if missing:
+        raise CMAEVError(f"class {missing[0]} of 0 to {max(folders)} has no video in the list: add one or renumber")
+    own = len(set.union(*folders.values())) == len(folders) and all(len(names) == 1 for names in folders.values())
+    return [folders[label].pop() if own else str(label) for label in range(len(folders))]
+
+
+class LabelledClips(Dataset):
+    """Labelled clips for fine-tuning and testing. Sample (epoch, index) is a pure function of (seed, epoch, index).
+
+    `sampling` is "dense" (a stride of `rate`, K400) or "uniform" (one frame a segment, SSv2). For training, `augment`
+    is a transform of uint8 [T, 3, H, W] and `repeats` clips come out of one opened video [repeated sampling]. Without
+    it, the clips are the test views: segments x crops, crops along the long side. dataset[epoch, index], V clips:
+        clip   uint8 [V, T, 3, S, S]
+        label  int64 [V]
+        index  int64 [V]
+    """
+
+    def __init__(self, videos, frames, rate, size, sampling, augment=None, repeats=1, segments=1, crops=1, seed=0):
+        if sampling not in ("dense", "uniform"):
+            raise CMAEVError(f"--sampling {sampling}: give dense or uniform")
+        self.videos, self.frames, self.rate, self.size, self.sampling = videos, frames, rate, size, sampling
+        self.augment, self.repeats, self.segments, self.crops, self.seed = augment, repeats, segments, crops, seed
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        path, label = self.videos[index]
+        video = Video(path)
+        with seeded(self.seed, epoch, index):
+            places = self.random_places() if self.augment else self.even_places()
+            indices = torch.stack([self.indices(len(video), place) for place in places])
+            clips = video.read(indices.flatten()).unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
+            to_views = (lambda clip: [self.augment(clip)]) if self.augment else self.test_crops
+            clips = [view for clip in clips for view in to_views(clip)]
+        return {"clip": torch.stack(clips), "label": torch.full((len(clips),), -1 if label is None else label),
+                "index": torch.full((len(clips),), index)}
+
+    def indices(self, num_frames, place):
+        if self.sampling == "dense":
+            return dense_indices(num_frames, self.frames, self.rate, place)
+        return uniform_indices(num_frames, self.frames, place)
+
+    def random_places(self):
+        return [torch.rand(self.frames) if self.sampling == "uniform" else float(torch.rand(()))
+                for _ in range(self.repeats)]
+
+    def even_places(self):
+        """Dense clips from the start to the end of a video, one in its middle; uniform ones evenly inside segments."""
+        if self.sampling == "dense" and self.segments > 1:
+            return [k / (self.segments - 1) for k in range(self.segments)]
+        return [(k + 0.5) / self.segments for k in range(self.segments)]
+
+    def test_crops(self, clip):
+        """Short side to S, then crops of S x S evenly along the long side, one in its middle: [T, 3, H, W] -> list."""
+        clip = v2.functional.resize(clip, [self.size], antialias=True)
+        room = [side - self.size for side in clip.shape[2:]]
+        places = [k / (self.crops - 1) for k in range(self.crops)] if self.crops > 1 else [0.5]
+        tops_lefts = [[math.floor(place * free + 0.5) for free in room] for place in places]
+        return [clip[..., top:top + self.size, left:left + self.size] for top, left in tops_lefts]
+
+
+def training_augmentation(size, smallest_crop, flip, rand_augment, erasing):
+    """VideoMAE's augmentation for fine-tuning by torchvision, one draw a clip: uint8 [T, 3, H, W] -> [T, 3, S, S].
+
+    Where timm's rand-m7-n4-mstd0.5-inc1 leaves each operation out half of the time and varies its strength, torchvision
+    always applies all four at strength 7 of 10; where timm erases with noise, it erases with the mean colour.
+    """
+    operations = v2.RandAugment(num_ops=4, magnitude=7, num_magnitude_bins=11, fill=[round(255 * m) for m in MEAN])
+    return v2.Compose([
+        operations if rand_augment else nn.Identity(),
+        v2.RandomResizedCrop(size, scale=(smallest_crop, 1), ratio=(3 / 4, 4 / 3), antialias=True),
+        v2.RandomHorizontalFlip(0.5 if flip else 0.0),
+        v2.RandomErasing(erasing, value=[round(255 * m) for m in MEAN]),
+    ])
+
+
+def mixing(mixup, cutmix, classes):
+    """Mixup and cutmix, one of the two a step, by torchvision: clips [B, ..., H, W], labels int64 [B] -> mixed clips,
+    soft labels [B, classes]. `mixup` and `cutmix` are their alphas; 0: without. One share a batch, as timm's default.
+    """
+    chosen = [transform(alpha=alpha, num_classes=classes)
+              for transform, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    if not chosen:
+        return lambda clips, labels: (clips, labels)
+    either = v2.RandomChoice(chosen)
+
+    def mix(clips, labels):
+        clips, labels = either(tv_tensors.Video(clips), labels)
+        return clips.as_subclass(torch.Tensor), labels
+    return mix
+
+
 @functools.cache
 def channel_statistics(device):
     """ImageNet's mean and std on a device, put there once: float32 [3, 1, 1, 1] each."""
@@ -367,7 +507,7 @@ def tube_mask(batch, grid, ratio, generator=None):
     time_steps, positions = grid[0], grid[1] * grid[2]
     masked = int(ratio * positions)
     if not 0 < masked < positions:
-        raise CMAEVError(f"mask ratio {ratio} masks {masked} of {positions} positions: choose one that hides some, not all")
+        raise CMAEVError(f"mask ratio {ratio} masks {masked} of {positions} positions: it must hide some, not all")
     rank = torch.rand(batch, positions, generator=generator).argsort(dim=1).argsort(dim=1)
     return (rank < masked).repeat(1, time_steps)
 
@@ -485,18 +625,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: [B, N, D] -> [B, N, D]."""
+    """Pre-norm transformer block: [B, N, D] -> [B, N, D]. `drop_path` is the rate at which a clip skips a branch."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, drop_path=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width)
+        self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def init_weights(module):
@@ -534,10 +675,10 @@ class VisionTransformer(Encoder):
     encoder(clip [B, 3, T, H, W], mask [B, N] or None) -> tokens [B, N_v or N, D] in token order (time, row, column).
     """
 
-    def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16):
+    def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16, drop_path=0.0):
         super().__init__(width, frames, size, tubelet, patch)
         self.patch_embed = CubeEmbed(width, self.cube)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in np.linspace(0, drop_path, depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
 
@@ -575,7 +716,7 @@ class ConvBlock(nn.Module):
     it runs over the whole map, with zeros where masked, and its output is read at the visible positions.
     """
 
-    def __init__(self, width):
+    def __init__(self, width, drop_path=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.conv1 = nn.Linear(width, width)
@@ -583,11 +724,12 @@ class ConvBlock(nn.Module):
         self.conv2 = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width)
+        self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x, grid, numbers):
         whole = self.depthwise(spread(self.conv1(self.norm1(x)), grid, numbers))
-        x = x + self.conv2(collect(whole, grid, numbers))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.conv2(collect(whole, grid, numbers)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class ConvViT(Encoder):
@@ -599,7 +741,7 @@ class ConvViT(Encoder):
     `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's pre-training; its fine-tuning leaves that out.
     """
 
-    def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True):
+    def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True, drop_path=0.0):
         super().__init__(widths[2], frames, size, tubelet, patch)
         if patch % 4:
             raise CMAEVError(f"patch size {patch}: ConvViT halves it twice and needs a multiple of 4")
@@ -608,9 +750,10 @@ class ConvViT(Encoder):
         self.patch_embed3 = nn.Linear(4 * widths[1], widths[2])
         self.patch_embed4 = nn.Linear(widths[2], widths[2])
         self.embed_norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for width in widths)
-        self.blocks1 = nn.ModuleList(ConvBlock(widths[0]) for _ in range(depths[0]))
-        self.blocks2 = nn.ModuleList(ConvBlock(widths[1]) for _ in range(depths[1]))
-        self.blocks3 = nn.ModuleList(Block(widths[2], heads) for _ in range(depths[2]))
+        rates = iter(np.linspace(0, drop_path, sum(depths)))
+        self.blocks1 = nn.ModuleList(ConvBlock(widths[0], next(rates)) for _ in range(depths[0]))
+        self.blocks2 = nn.ModuleList(ConvBlock(widths[1], next(rates)) for _ in range(depths[1]))
+        self.blocks3 = nn.ModuleList(Block(widths[2], heads, next(rates)) for _ in range(depths[2]))
         self.fusion1 = nn.Linear(16 * widths[0], widths[2]) if fusion else None
         self.fusion2 = nn.Linear(4 * widths[1], widths[2]) if fusion else None
         self.norm = nn.LayerNorm(widths[2], eps=1e-6)
@@ -686,6 +829,7 @@ class AllReduce(torch.autograd.Function):
 
 
 def world_size():
+    """Number of ranks; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -847,10 +991,47 @@ class Classifier(nn.Module):
         self.encoder.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6)
         self.head = nn.Linear(encoder.width, classes)
-        self.head.apply(init_weights)
+        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)  # init_scale .001 [VideoMAE]
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, clip):
         return self.head(self.fc_norm(self.encoder(clip).mean(dim=1)))
+
+
+@torch.no_grad()
+def features(encoder, clip):
+    """A clip's features: [B, 3, T, H, W], normalised -> token features [B, N, D], pooled features [B, D]."""
+    tokens = encoder(clip)
+    return tokens, tokens.mean(dim=1)
+
+
+def linear_probe(train, labels, test, classes, steps=500):
+    """Linear classifier on frozen features, after a batch norm without affine [MAE] -> scores of `test` [M, classes].
+
+    train [n, D], labels int64 [n], test [M, D]. Whole-batch AdamW under a cosine: no augmentation, no choice of order.
+    """
+    width = train.shape[1]
+    probe = nn.Sequential(nn.BatchNorm1d(width, affine=False, momentum=None), nn.Linear(width, classes))
+    nn.init.zeros_(probe[1].weight)
+    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.01)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, 0, steps, 0, 0.01, 0)
+        F.cross_entropy(probe(train), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return probe.eval()(test).softmax(dim=1)
+
+
+def nearest_neighbours(train, labels, test, classes, k=20, temperature=0.07):
+    """Weighted k-nearest-neighbour on frozen features [DINO] -> scores of `test` [M, classes].
+
+    Each of the k most similar (cosine) training videos votes for its class with weight exp(similarity / temperature).
+    """
+    similarity, nearest = (F.normalize(test) @ F.normalize(train).T).topk(min(k, len(train)), dim=1)
+    votes = F.one_hot(labels[nearest], classes) * ((similarity - 1) / temperature).exp()[..., None]
+    return votes.sum(dim=1) / votes.sum(dim=(1, 2))[:, None]
+
 
 
 # =====================================================================================================================
@@ -874,18 +1055,112 @@ def save_encoder(encoder, path):
         torch.save({"model": state, "geometry": {"grid": list(encoder.grid), "cube": list(encoder.cube)}}, file)
 
 
-def load_weights(module, state, path):
-    """load_state_dict, strict. Raises CMAEVError naming the file and the first weight that does not fit."""
-    for name, value in module.state_dict().items():
+def our_names(state):
+    """VideoMAE's and Hugging Face's state dicts under this project's names; its own pass through.
+
+    Encoder weights come out without a prefix, decoder weights as `decoder.*`. Both store biases of q and v and none of
+    k (files of transformers 5 may store one: it cannot change a softmax either).
+    """
+    ours = {}
+    for name, value in state.items():
+        name = re.sub(r"^(module\.|_orig_mod\.|videomae\.)+", "", name)
+        for theirs, our in FOREIGN_NAMES:
+            name = re.sub(theirs, our, name)
+        ours[name] = value
+    for name in [name for name in ours if name.endswith("attn.query.weight")]:
+        stem = name.removesuffix("query.weight")
+        ours[stem + "qkv.weight"] = torch.cat([ours.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")])
+    for name in [name for name in ours if name.endswith("attn.q_bias")]:
+        q, v = ours.pop(name), ours.pop(name.replace("q_bias", "v_bias"))
+        ours[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+        ours.pop(name.replace("q_bias", "k_bias"), None)
+    if "decoder.mask_token" in ours:
+        ours["decoder.mask_token"] = ours["decoder.mask_token"].flatten()
+    return ours
+
+
+FOREIGN_NAMES = (
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),  # Hugging Face
+    (r"^encoder\.layer\.", "blocks."),
+    (r"^decoder\.decoder_layers\.", "decoder.blocks."),
+    (r"attention\.attention\.(query|key|value)\.weight", r"attn.\1.weight"),
+    (r"attention\.attention\.(query|key|value)\.bias",
+     lambda match: {"query": "attn.q_bias", "key": "attn.k_bias", "value": "attn.v_bias"}[match[1]]),
+    (r"attention\.attention\.", "attn."),
+    (r"attention\.output\.dense", "attn.proj"),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"(blocks\.\d+)\.output\.dense", r"\1.mlp.fc2"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+    (r"^encoder_to_decoder\.", "decoder.embed."),  # both
+    (r"^mask_token$", "decoder.mask_token"),
+    (r"^encoder\.", ""),  # VideoMAE's pre-training, and this project's checkpoints
+)
+
+
+def read_weights(path):
+    """A weight file, or a run's folder -> its state dict under this project's names.
+
+    Reads torch.save's files (with weights_only=True: nothing in them is run) and, where the package safetensors is
+    installed, `.safetensors`. Raises CMAEVError for what is neither.
+    """
+    path = Path(path) / "encoder.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise CMAEVError(f"{path}: no such file of weights: give a file, the folder of a run of pretrain.py, or none")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise CMAEVError(f"{path}: reading .safetensors needs the package safetensors: pip install it") from None
+    except Exception as error:
+        raise CMAEVError(f"{path} cannot be read as weights ({type(error).__name__}): a file of tensors?") from None
+    for key in ("model", "module"):  # this project's and VideoMAE's files; DeepSpeed's
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    return our_names({name: value for name, value in state.items() if torch.is_tensor(value)})
+
+
+def load_encoder(path, encoder, decoder=None):
+    """Loads an encoder's weights, and a pixel decoder's where one is given and the file has it -> the encoder.
+
+    `path`: this project's encoder.pt or checkpoint.pt, VideoMAE's pre-trained or fine-tuned files, Hugging Face's
+    VideoMAE (.bin, .safetensors), or the folder of a run. Positions are no weights, and are computed for the encoder's
+    own grid. Prints what matched. Raises CMAEVError naming the first weight that is missing or of another shape; the
+    final norm alone may be missing, as fine-tuned files hold the classifier's in its place.
+    """
+    state = read_weights(path)
+    wanted = encoder.state_dict()
+    if "norm.weight" not in state and "fc_norm.weight" in state:
+        wanted = {name: value for name, value in wanted.items() if not name.startswith("norm.")}
+    load_weights(encoder, {name: state[name] for name in wanted if name in state}, path, wanted)
+    prefix = "decoder."
+    if decoder is not None and any(name.startswith(prefix) for name in state):
+        load_weights(decoder, {name.removeprefix(prefix): value for name, value in state.items()
+                               if name.startswith(prefix)}, path)
+    print(f"{path}: {len(wanted)} of the encoder's {len(encoder.state_dict())} weights"
+          f"{'' if len(wanted) == len(encoder.state_dict()) else ' (not its final norm)'}, "
+          f"{len(state) - len(wanted)} others in the file")
+    return encoder
+
+
+def load_weights(module, state, path, wanted=None):
+    """load_state_dict, strict for the names in `wanted` (all). Raises CMAEVError naming the first that does not fit."""
+    wanted = wanted or module.state_dict()
+    for name, value in wanted.items():
         if name not in state:
             raise CMAEVError(f"{path} is of another model: it has no {name}")
         if state[name].shape != value.shape:
             raise CMAEVError(f"{path} is of another model: "
                              f"{name} is {list(state[name].shape)}, not {list(value.shape)}")
-    unknown = state.keys() - module.state_dict().keys()
+    unknown = state.keys() - wanted.keys()
     if unknown:
         raise CMAEVError(f"{path} is of another model: it has {min(unknown)}, which this one has not")
-    module.load_state_dict(state)
+    module.load_state_dict(state, strict=False)
 
 
 # =====================================================================================================================
@@ -905,7 +1180,11 @@ def read_settings(table, description):
     for flag, (values, text) in table.items():
         default = " / ".join(str(value) or "-" for value in values) if isinstance(values, tuple) else values
         kind = type(values[0] if isinstance(values, tuple) else values)
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
+        how = dict(type=kind, metavar=kind.__name__)
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif kind is list:
+            how = dict(nargs="+", metavar="FILE")
         parser.add_argument(f"--{flag}", help=f"{text} [{default}]".replace("%", "%%"), **how)
     settings = parser.parse_args()
     for flag, (values, _) in table.items():
@@ -936,7 +1215,7 @@ def join_ranks():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
@@ -986,6 +1265,29 @@ def decay_groups(model, weight_decay):
             dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
 
 
+def layer_groups(model, weight_decay, layer_decay):
+    """AdamW's groups for fine-tuning [VideoMAE]: each layer's rate is `layer_decay` times the next one's.
+
+    The classifier's own layers have scale 1, block i of L has layer_decay^(L - i), i from 0, the embedding ^(L + 1).
+    ConvViT's blocks count through its three stages, and a stage's embedding goes with the block before it. A group
+    carries its factor as "scale"; weight decay as in decay_groups.
+    """
+    stages = [len(getattr(model.encoder, name)) for name in ("blocks", "blocks1", "blocks2", "blocks3")
+              if hasattr(model.encoder, name)]
+    groups = {}
+    for name, p in model.named_parameters():
+        layer = sum(stages) + 1
+        if match := re.match(r"encoder\.(blocks|patch_embed|embed_norms\.)(\d?)(?:\.(\d+))?", name):
+            kind, stage, block = match[1], int(match[2] or 1), int(match[3] or 0)
+            before = stage if kind == "embed_norms." else min(stage, len(stages)) - 1
+            layer = sum(stages[:before]) + (block + 1 if kind == "blocks" else 0)
+        key = layer, p.ndim > 1
+        group = groups.setdefault(key, dict(params=[], scale=layer_decay ** (sum(stages) + 1 - layer),
+                                            weight_decay=weight_decay if p.ndim > 1 else 0.0))
+        group["params"].append(p)
+    return list(groups.values())
+
+
 class Batches:
     """One rank's batches from step `start` to the end of the run: lists of (epoch, index).
 
@@ -1016,6 +1318,51 @@ def mean_over_ranks(x):
         dist.all_reduce(x)
         x /= world_size()
     return x
+
+
+@torch.no_grad()
+def over_videos(function, clips, batch, workers, device, rank, world):
+    """function(float clips [n, 3, T, H, W]) -> [n, C] on all views of all videos, mean over a video's views -> [M, C].
+
+    Rank r takes the videos r, r + world, ...: each video once, whatever the number of ranks, and nothing is padded.
+    """
+    loader = DataLoader(clips, batch_size=batch, sampler=[(0, i) for i in range(rank, len(clips), world)],
+                        num_workers=workers, pin_memory=device.type == "cuda")
+    mine = []
+    for sample in loader:
+        views = sample["clip"].to(device, non_blocking=True)
+        results = function(normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1)
+        mine += zip(sample["index"][:, 0].tolist(), results.cpu())
+    parts = [mine]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    found = dict(pair for part in parts for pair in part)
+    return torch.stack([found[i] for i in range(len(clips))])
+
+
+def report(scores, videos, names, folder):
+    """Scores [M, classes] of labelled videos -> top-1 and top-5 in per cent. Writes to the folder:
+
+    predictions.csv (path, label, the five best classes with their probabilities), per-class.json (accuracy of each
+    class in per cent), confusion.png (a row a true class, a column a predicted one, white = all of the row).
+    """
+    labels = torch.tensor([label for _, label in videos])
+    best = scores.topk(min(5, scores.shape[1]), dim=1)
+    hits = best.indices == labels[:, None]
+    with whole_file(f"{folder}/predictions.csv", "w") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", *(f"{what}{i + 1}" for i in range(hits.shape[1]) for what in ("class", "p"))])
+        for (path, label), numbers, values in zip(videos, best.indices.tolist(), best.values.tolist()):
+            rows.writerow([path, names[label], *(v for n, p in zip(numbers, values) for v in (names[n], f"{p:.4f}"))])
+    confusion = torch.zeros(len(names), len(names)).index_put_((labels, best.indices[:, 0]), torch.ones(()), True)
+    confusion = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    with whole_file(f"{folder}/per-class.json", "w") as file:
+        json.dump({name: round(100 * float(confusion[i, i]), 2) for i, name in enumerate(names)}, file, indent=1)
+    pixels = -(-400 // len(names))
+    picture = (confusion * 255).round().byte().repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
+    write_png(picture[None], f"{folder}/confusion.png")
+    return 100 * float(hits[:, 0].float().mean()), 100 * float(hits.any(dim=1).float().mean())
 
 
 @contextlib.contextmanager
@@ -1061,12 +1408,17 @@ def open_run(folder, settings, free, device):
                      python=platform.python_version(), **versions)
         with whole_file(record, "w") as file:
             json.dump(about, file, indent=1)
-    if not checkpoint.exists():
+    return read_checkpoint(checkpoint)
+
+
+def read_checkpoint(path):
+    """A run's checkpoint.pt -> its dict, or None where there is none. Raises CMAEVError for a damaged one."""
+    if not path.exists():
         return None
     try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CMAEVError(f"{checkpoint} cannot be read ({type(error).__name__}): restore it or delete it") from None
+        raise CMAEVError(f"{path} cannot be read ({type(error).__name__}): restore it or delete it") from None
 
 
 def start_log(path, step):

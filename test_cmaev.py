@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import write_jpeg, write_png
 
 import cmaev
+import finetune
 import pretrain
 
 HERE = Path(__file__).parent
@@ -614,11 +616,31 @@ def as_rank(folder):
             torch.save((means, grads), f"{folder}/{encoder}.pt")
 
 
+def score_as_rank(folder):
+    """What each of two or three processes does: test the fine-tuned model together."""
+    world = os.environ["WORLD_SIZE"]
+    sys.argv = ["finetune.py", *TUNE, "--eval", "--data", f"{folder}/demo/train.txt", "--val", f"{folder}/demo/val.txt",
+                "--out", f"{folder}/tuned", "--workers", "0", "--batch-size", "12"]
+    finetune.main()
+    if torch.distributed.get_rank() == 0:
+        shutil.copy(f"{folder}/tuned/predictions.csv", f"{folder}/scored-{world}.csv")
+    torch.distributed.destroy_process_group()
+
+
+def launch(world, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__]
+    subprocess.run([*command, folder], check=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    return folder
+
+
 @pytest.fixture(scope="module")
-def two_ranks(demo):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    subprocess.run([*command, demo.parent], check=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    return demo.parent
+def two_ranks(demo, tuned):
+    return launch(2, demo.parent)
+
+
+@pytest.fixture(scope="module")
+def three_ranks(demo, tuned):
+    return launch(3, demo.parent)
 
 
 @pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
@@ -761,5 +783,356 @@ def test_demo_is_a_pure_function(demo):
     assert np.abs(decoded - frames.astype(float)).mean() < 12  # H.264's losses
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning: clips, classifier, weights, probes, the script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_frames", [1, 10, 61, 62, 100])
+def test_dense_and_uniform_indices_against_loops(num_frames):
+    for start in (0, 0.25, 0.5, 1):
+        first = max(num_frames - 61, 0) * start
+        expected = [min(int(first + 0.5) + 4 * i, num_frames - 1) for i in range(16)]
+        assert cmaev.dense_indices(num_frames, 16, 4, start).tolist() == expected
+    offsets = torch.rand(8, generator=torch.Generator().manual_seed(0))
+    for i, index in enumerate(cmaev.uniform_indices(num_frames, 8, offsets).tolist()):
+        assert i * num_frames / 8 - 1 < index <= (i + 1) * num_frames / 8  # inside the segment, cut down to a frame
+        assert index == int((i + float(offsets[i])) * num_frames / 8)
+
+
+def labelled(demo, **changes):
+    settings = dict(frames=4, rate=4, size=32, sampling="dense") | changes
+    return cmaev.LabelledClips(cmaev.read_list(demo / "train.txt"), **settings)
+
+
+def test_repeated_sampling_opens_a_video_once(demo, monkeypatch):
+    opened, video = [], cmaev.Video
+    monkeypatch.setattr(cmaev, "Video", lambda path: (opened.append(path), video(path))[1])
+    augment = cmaev.training_augmentation(32, 0.5, flip=True, rand_augment=True, erasing=0.25)
+    clips = labelled(demo, augment=augment, repeats=3)
+    sample = clips[0, 5]
+    assert len(opened) == 1 and sample["clip"].shape == (3, 4, 3, 32, 32) and sample["label"].tolist() == [5, 5, 5]
+    assert not torch.equal(sample["clip"][0], sample["clip"][1])
+    assert all(torch.equal(sample[name], clips[0, 5][name]) for name in sample)
+    assert not torch.equal(sample["clip"], clips[1, 5]["clip"])
+
+
+@pytest.mark.parametrize("sampling", ["dense", "uniform"])
+def test_views_against_a_plain_decode(tmp_path, sampling):
+    """A wide video: 2 clips over time x 3 crops from its left to its right edge."""
+    path = write(tmp_path / "wide.mp4", size=(32, 80))
+    frames = torch.from_numpy(plain_decode(path)).permute(0, 3, 1, 2)
+    sample = cmaev.LabelledClips([(path, 1)], 4, 4, 32, sampling, segments=2, crops=3)[0, 0]
+    dense = [[0, 4, 8, 12], [47, 51, 55, 59]]
+    uniform = [[int((i + u) * 15) for i in range(4)] for u in (0.25, 0.75)]
+    expected = [frames[indices][..., left:left + 32] for indices in (dense if sampling == "dense" else uniform)
+                for left in (0, 24, 48)]
+    assert torch.equal(sample["clip"], torch.stack(expected))
+
+
+def test_flips_only_where_the_recipe_says():
+    assert finetune.SETTINGS["flip"][0] == (False, True, False)
+    clip = torch.arange(32, dtype=torch.uint8).expand(2, 3, 32, 32)
+    leaning = {flip: set() for flip in (True, False)}
+    for flip, seen in leaning.items():
+        augment = cmaev.training_augmentation(32, 0.5, flip, rand_augment=False, erasing=0)
+        for i in range(30):
+            with cmaev.seeded(i):
+                seen.add(bool(augment(clip).float()[0, 0, 0].diff().sum() > 0))
+    assert leaning == {True: {True, False}, False: {True}}
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0)])
+def test_mixed_labels_are_the_shares_of_the_pixels(mixup, cutmix):
+    """Clip i is filled with the number 10^i, so that the mean of a mixed clip tells whose pixels it has."""
+    mix, labels = cmaev.mixing(mixup, cutmix, classes=3), torch.tensor([2, 0, 1])
+    for i in range(10):
+        with cmaev.seeded(i):
+            clips, soft = mix((10.0 ** torch.arange(3)).view(3, 1, 1, 1, 1).expand(-1, 3, 2, 8, 8), labels)
+        for b in range(3):
+            expected = sum(float(soft[b, labels[k]]) * 10.0**k for k in range(3))
+            assert float(clips[b].mean()) == pytest.approx(expected, rel=1e-4)
+        assert soft.sum(dim=1) == pytest.approx([1, 1, 1])
+
+
+def float64_vit(state, clip, heads):
+    """The classifier of a ViT, word by word in float64 numpy."""
+    w = {name: value.double().numpy() for name, value in state.items()}
+    norm = lambda x, name: (x - x.mean(-1, keepdims=True)) / np.sqrt(
+        x.var(-1, keepdims=True) + 1e-6) * w[name + ".weight"] + w[name + ".bias"]
+    linear = lambda x, name: x @ w[name + ".weight"].T + w[name + ".bias"]
+    gelu = np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))))
+    kernel, scores = w["encoder.patch_embed.proj.weight"], []
+    _, _, t, p, _ = kernel.shape
+    for video in clip.double().numpy():
+        tokens = []
+        for n, (i, j, k) in enumerate(np.ndindex(video.shape[1] // t, video.shape[2] // p, video.shape[3] // p)):
+            cube = video[:, i * t:i * t + t, j * p:j * p + p, k * p:k * p + p]
+            place = [(math.cos if d % 2 else math.sin)(n / 10000 ** (2 * (d // 2) / len(kernel)))
+                     for d in range(len(kernel))]
+            tokens.append([(kernel[d] * cube).sum() + w["encoder.patch_embed.proj.bias"][d] + place[d]
+                           for d in range(len(kernel))])
+        x, block = np.array(tokens), 0
+        while f"encoder.blocks.{block}.norm1.weight" in w:
+            name = f"encoder.blocks.{block}."
+            q, k, v = np.split(linear(norm(x, name + "norm1"), name + "attn.qkv"), 3, axis=1)
+            heads_out = []
+            for q, k, v in zip(*(np.split(part, heads, axis=1) for part in (q, k, v))):
+                weights = np.exp(q @ k.T / math.sqrt(q.shape[1]))
+                heads_out.append(weights / weights.sum(-1, keepdims=True) @ v)
+            x = x + linear(np.concatenate(heads_out, axis=1), name + "attn.proj")
+            x = x + linear(gelu(linear(norm(x, name + "norm2"), name + "mlp.fc1")), name + "mlp.fc2")
+            block += 1
+        scores.append(linear(norm(x.mean(0), "fc_norm"), "head"))
+    return torch.from_numpy(np.array(scores)).float()
+
+
+def test_classifier_equals_float64():
+    model, clip = cmaev.Classifier(small("vit", drop_path=0.2), 5).eval(), torch.randn(2, 3, 4, 32, 48)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    torch.testing.assert_close(model(clip), float64_vit(model.state_dict(), clip, heads=2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, depth", [("vit", 2), ("convvit", 5)])
+def test_layer_decay_by_name(name, depth):
+    sizes = dict(fusion=False) if name == "convvit" else {}
+    model = cmaev.Classifier(small(name, **sizes), 5)
+    scales = {"fc_norm": 0, "head": 0, "patch_embed.": depth + 1, "patch_embed1": 6, "embed_norms.0": 6,
+              "patch_embed2": 4, "embed_norms.1": 4, "patch_embed3": 3, "patch_embed4": 3, "embed_norms.2": 3}
+    scales |= {f"blocks.{i}.": depth - i for i in range(2)} | {"blocks1.0": 5, "blocks1.1": 4, "blocks2.0": 3,
+                                                             "blocks3.0": 2, "blocks3.1": 1}
+    groups = cmaev.layer_groups(model, 0.05, 0.5)
+    names, seen = {id(p): name for name, p in model.named_parameters()}, 0
+    for group in groups:
+        for p in group["params"]:
+            name = names[id(p)].removeprefix("encoder.")
+            power, = {power for start, power in scales.items() if name.startswith(start)}
+            assert group["scale"] == 0.5**power and group["weight_decay"] == (0.05 if p.ndim > 1 else 0), name
+            seen += 1
+    assert seen == len(names)
+
+
+def videomae_names(state, prefix):
+    """This project's ViT as VideoMAE's files hold it."""
+    out = {}
+    for name, value in state.items():
+        if name.endswith("qkv.bias"):
+            q, _, v = value.chunk(3)
+            out |= {prefix + name.replace("qkv.bias", "q_bias"): q, prefix + name.replace("qkv.bias", "v_bias"): v}
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def hugging_face_names(state, biases, prefix="videomae."):
+    """The same as Hugging Face's VideoMAE holds it; `biases` is how: q_bias (transformers 4) or query.bias (5)."""
+    out, block = {}, {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
+                      "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    for name, value in state.items():
+        part, kind = name.rsplit(".", 1)
+        if part == "patch_embed.proj":
+            out[f"{prefix}embeddings.patch_embeddings.projection.{kind}"] = value
+        elif part == "norm":
+            out[f"{prefix}layernorm.{kind}"] = value
+        else:
+            _, i, inner = part.split(".", 2)
+            layer = f"{prefix}encoder.layer.{i}."
+            if inner == "attn.qkv":
+                for letter, word, piece in zip("qkv", ("query", "key", "value"), value.chunk(3)):
+                    if kind == "weight":
+                        out[f"{layer}attention.attention.{word}.weight"] = piece
+                    elif letter != "k":
+                        out[f"{layer}attention.attention." + (f"{letter}_bias" if biases == "q_bias" else
+                                                              f"{word}.bias")] = piece
+            else:
+                out[f"{layer}{block[inner]}.{kind}"] = value
+    return out
+
+
+@pytest.fixture
+def encoder_without_k_bias():
+    encoder = small("vit")
+    for block in encoder.blocks:
+        block.attn.qkv.bias.data.view(3, -1)[1] = 0
+    return encoder
+
+
+LAYOUTS = {
+    "VideoMAE, pre-trained": lambda state: {"model": videomae_names(state, "encoder.") | {"decoder.norm.bias": torch.ones(3)}},
+    "VideoMAE, fine-tuned": lambda state: {"module": videomae_names(
+        {name: value for name, value in state.items() if not name.startswith("norm")}, "") | {"fc_norm.weight": torch.ones(24)}},
+    "transformers 4": lambda state: hugging_face_names(state, "q_bias"),
+    "transformers 5": lambda state: hugging_face_names(state, "query.bias"),
+    "transformers, bare model": lambda state: hugging_face_names(state, "q_bias", prefix=""),
+    "ours, checkpoint": lambda state: {"step": 3, "model": {f"encoder.{n}": v for n, v in state.items()}
+                                       | {f"target_encoder.{n}": 2 * v for n, v in state.items()}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_foreign_weights_load_into_the_right_places(tmp_path, encoder_without_k_bias, layout, capsys):
+    state, path = encoder_without_k_bias.state_dict(), tmp_path / "weights.bin"
+    foreign = LAYOUTS[layout](state)
+    torch.save(foreign, path)
+    loaded = cmaev.load_encoder(path, cmaev.VisionTransformer(24, 2, 2, **SMALL)).state_dict()
+    for name, value in state.items():
+        assert name.startswith("norm.") and "fine-tuned" in layout or torch.equal(loaded[name], value), name
+    assert f"{len(state) - 2 * ('fine-tuned' in layout)} of the encoder's {len(state)} weights" in capsys.readouterr().out
+    inner = next((foreign[key] for key in ("model", "module") if key in foreign), foreign)
+    lost = next(name for name in inner if "fc1.weight" in name or "intermediate.dense.weight" in name)
+    del inner[lost]
+    torch.save(foreign, path)
+    with pytest.raises(cmaev.CMAEVError, match=r"has no blocks\.0\.mlp\.fc1\.weight"):
+        cmaev.load_encoder(path, small("vit"))
+
+
+def test_saved_encoder_comes_back_for_another_grid(tmp_path, encoder_without_k_bias):
+    cmaev.save_encoder(encoder_without_k_bias, tmp_path / "encoder.pt")
+    saved = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    assert saved["model"].keys() == videomae_names(encoder_without_k_bias.state_dict(), "").keys()
+    larger = cmaev.load_encoder(tmp_path, cmaev.VisionTransformer(24, 2, 2, **SMALL | dict(frames=8, size=64)))
+    assert torch.equal(larger.positions, cmaev.sincos_table(64, 24))
+    assert torch.equal(larger.blocks[1].attn.qkv.bias, encoder_without_k_bias.blocks[1].attn.qkv.bias)
+    with pytest.raises(cmaev.CMAEVError, match=r"patch_embed.proj.weight is \[24, 3, 2, 16, 16\], not \[48"):
+        cmaev.load_encoder(tmp_path, cmaev.VisionTransformer(48, 2, 2, **SMALL))
+
+
+def test_decoder_of_a_videomae_file_gives_its_loss(tmp_path):
+    model, (online, _, mask) = tiny(contrast_weight=0.0)
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        block.attn.qkv.bias.data.view(3, -1)[1] = 0
+    decoder = {f"decoder.{name}": value for name, value in model.decoder.state_dict().items()}
+    decoder["mask_token"] = decoder.pop("decoder.mask_token").view(1, 1, -1)
+    decoder["encoder_to_decoder.weight"] = decoder.pop("decoder.embed.weight")
+    state = videomae_names(model.encoder.state_dict(), "encoder.") | videomae_names(decoder, "")
+    torch.save({"model": state}, tmp_path / "videomae.pth")
+    torch.manual_seed(1)
+    other = cmaev.CMAEV("vit_test", contrast_weight=0.0, **TINY)
+    cmaev.load_encoder(tmp_path / "videomae.pth", other.encoder, other.decoder)
+    assert other(online, None, mask)["loss"] == model(online, None, mask)["loss"]
+
+
+def test_weights_that_would_run_code_are_refused(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+    torch.save({"model": Payload()}, tmp_path / "bad.pt")
+    with pytest.raises(cmaev.CMAEVError, match="cannot be read as weights"):
+        cmaev.load_encoder(tmp_path / "bad.pt", small("vit"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_probes_separate_what_is_separable():
+    centres = torch.randn(5, 16) * 4
+    labels = torch.arange(100) % 5
+    train, test = (centres[labels] + 0.3 * torch.randn(100, 16) for _ in range(2))
+    for probe in (cmaev.linear_probe, cmaev.nearest_neighbours):
+        scores = probe(train, labels, test, 5)
+        assert (scores.argmax(dim=1) == labels).all() and scores.sum(dim=1) == pytest.approx([1] * 100, abs=1e-4)
+
+
+def test_report(tmp_path):
+    scores = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
+    videos = [("a.mp4", 0), ("b.mp4", 1), ("c.mp4", 1), ("d.mp4", 2)]
+    assert cmaev.report(scores, videos, ["x", "y", "z"], tmp_path) == (50, 100)
+    rows = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert rows[2] == "b.mp4,y,z,0.7000,y,0.2000,x,0.1000" and len(rows) == 5
+    assert json.loads((tmp_path / "per-class.json").read_text()) == {"x": 100, "y": 50, "z": 0}
+    picture = cmaev.decode_image(str(tmp_path / "confusion.png"))[0]
+    assert [[int(picture[i * 134 + 5, j * 134 + 5]) for j in range(3)] for i in range(3)] == [
+        [255, 0, 0], [0, 128, 128], [255, 0, 0]]
+
+
+TUNE = ("--frames 4 --size 32 --patch 8 --batch-size 8 --epochs 3 --amp none --warmup-epochs 1 --log-every 4 "
+        "--save-every 3 --mixup 0.8 --cutmix 1 --rand-augment --erasing 0.25 --repeats 2 --segments 2 --crops 2").split()
+
+
+def run_finetune(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
+        try:
+            cmaev.run_script(finetune.main)
+        except SystemExit as end:
+            return str(end)
+
+
+@pytest.fixture(scope="module")
+def tuned(demo, undisturbed):
+    run = demo.parent / "tuned"
+    lists = ["--data", demo / "train.txt", "--val", demo / "val.txt", "--init", undisturbed]
+    assert run_finetune(*TUNE, *lists, "--out", run, "--workers", 0) is None
+    return run
+
+
+def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys):
+    rows = (tuned / "predictions.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [
+        [path, cmaev.DEMO_CLASSES[label]] for path, label in cmaev.read_list(demo / "val.txt")]
+    ask = [*TUNE, "--out", tuned, "--workers", 0, "--data", demo / "train.txt", "--val", demo / "val.txt"]
+    (tuned / "predictions.csv").unlink()
+    assert run_finetune(*ask, "--eval") is None
+    assert (tuned / "predictions.csv").read_text().splitlines() == rows
+    file = cmaev.read_list(demo / "val.txt")[3][0]
+    capsys.readouterr()
+    assert run_finetune(*ask, "--predict", file) is None
+    answer = capsys.readouterr().out
+    assert answer.startswith(file) and rows[4].split(",")[2] in answer and answer.count("%") == 5
+    for probe in ("linear", "knn"):
+        assert run_finetune(*ask, "--probe", probe, "--init", undisturbed) is None
+        assert f"{probe} probe" in capsys.readouterr().out
+    assert run_finetune(*ask, "--init", undisturbed) is None
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_killed_finetuning_is_bit_equal(demo, tuned, undisturbed):
+    run = demo.parent / "killed-tuning"
+    command = [*TUNE, "--data", demo / "train.txt", "--val", demo / "val.txt", "--init", undisturbed, "--out", run]
+    process = subprocess.Popen([sys.executable, HERE / "finetune.py", *map(str, command), "--workers", "1"],
+                               stdout=subprocess.DEVNULL)
+    log, deadline = run / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 3 <= torch.load(run / "checkpoint.pt", weights_only=True)["step"] < 15
+    assert run_finetune(*command, "--workers", 2) is None
+    weights, expected = (torch.load(r / "checkpoint.pt", weights_only=True)["model"] for r in (run, tuned))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert (run / "predictions.csv").read_text() == (tuned / "predictions.csv").read_text()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_score_every_video_once(demo, tuned, two_ranks, three_ranks, world):
+    assert (demo.parent / f"scored-{world}.csv").read_text() == (tuned / "predictions.csv").read_text()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--data good.txt --val large.txt", "large.txt: good.mp4 has label 7: give 0 to 0, the classes of the training list"),
+    ("--data gap.txt --val good.txt", "class 1 of 0 to 2 has no video in the list"),
+    ("--data none.txt --val good.txt", "good.mp4 has no label"),
+    ("--data good.txt --val good.txt --init lost.pt", "lost.pt: no such file of weights"),
+    ("--data good.txt --val good.txt --init text.mp4", "text.mp4 cannot be read as weights"),
+    ("--data good.txt --val good.txt --init other.pt", "other.pt is of another model: it has no patch_embed.proj.weight"),
+    ("--data good.txt --val good.txt --init none --probe deep", "--probe deep: give linear or knn"),
+    ("--data good.txt --val good.txt --init none --sampling often", "--sampling often"),
+    ("--data good.txt --val text.txt --init none --batch-size 4 --probe knn --workers 1", "text.mp4: cannot be opened"),
+    ("--predict good.mp4 --out nothing", "nothing holds no checkpoint.pt"),
+    ("--recipe k400", "--data is not given"),
+])
+def test_wrong_input_to_finetune_ends_in_one_line(wrong, monkeypatch, arguments, words):
+    monkeypatch.chdir(wrong)
+    Path("large.txt").write_text("good.mp4 7\n")
+    Path("gap.txt").write_text("good.mp4 0\ngood.mp4 2\n")
+    Path("none.txt").write_text("good.mp4\n")
+    torch.save({"model": {"a": torch.ones(1)}}, "other.pt")
+    end = run_finetune("--batch-size", 4, *arguments.split())
+    assert end.startswith("error: ") and words in end and "\n" not in end
+    assert not Path("runs").exists()
+
+
 if __name__ == "__main__":
-    as_rank(Path(sys.argv[1]))
+    shared = Path(sys.argv[1])
+    if os.environ["WORLD_SIZE"] == "2":
+        as_rank(shared)
+    score_as_rank(shared)

@@ -1,0 +1,249 @@
+"""Fine-tunes, tests, probes and asks an action recogniser on top of a pre-trained encoder.
+
+    python finetune.py                                                   the demo, from the run of `python pretrain.py`
+    python finetune.py --probe linear                                    frozen features; or --probe knn
+    python finetune.py --eval --segments 5 --crops 3                     tests what was fine-tuned
+    python finetune.py --predict clip.mp4                                its five best classes
+    torchrun --nproc_per_node=8 finetune.py --recipe k400 --data train.txt --val val.txt --init encoder.pt
+
+The same command run again goes on from the last checkpoint. `python finetune.py --help` lists the settings.
+"""
+
+import json
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import cmaev
+
+# One value, or one a recipe: demo, K400, SSv2. Where they come from: README, "Settings".
+SETTINGS = {
+    "data": (("data/demo/train.txt", "", ""), "to train on: list file (`path label` a line) or class folders"),
+    "val": (("data/demo/val.txt", "", ""), "the same, to test on"),
+    "out": (("runs/finetune-demo", "runs/finetune-k400", "runs/finetune-ssv2"), "the run's folder"),
+    "init": (("runs/pretrain-demo", "runs/pretrain-k400", "runs/pretrain-ssv2"),
+             "weights: a run of pretrain.py, a file of this project, VideoMAE or Hugging Face, or none"),
+    "subset": (0, "only the first N videos of a seeded shuffle of the training list; 0: all"),
+    # what to do
+    "probe": ("", "instead of fine-tuning: linear or knn, on frozen features"),
+    "eval": (False, "only test the checkpoint in --out"),
+    "predict": ([], "only print the five best classes of these videos, by the checkpoint in --out"),
+    # the model
+    "encoder": (("vit_tiny", "vit_base", "vit_base"), ", ".join(cmaev.ENCODERS)),
+    "frames": ((8, 16, 16), "frames a clip"),
+    "size": ((48, 224, 224), "height and width of a clip, pixels"),
+    "tubelet": (2, "frames a token"),
+    "patch": ((8, 16, 16), "height and width of a token, pixels"),
+    # the clips
+    "sampling": (("dense", "dense", "uniform"), "dense: every rate-th frame; uniform: one frame from each segment"),
+    "rate": ((4, 4, 2), "sampling rate r of dense sampling"),
+    "repeats": ((1, 2, 2), "clips out of each opened video: a step has batch-size times so many clips"),
+    "smallest-crop": ((0.5, 0.08, 0.08), "smallest area of a random crop, as a share of the frame"),
+    "flip": ((False, True, False), "horizontal flips; SSv2 has left and right as labels"),
+    "rand-augment": ((False, True, True), "RandAugment, four operations of strength 7"),
+    "erasing": ((0.0, 0.25, 0.25), "probability of random erasing"),
+    "mixup": ((0.0, 0.8, 0.8), "alpha; 0: none"),
+    "cutmix": ((0.0, 1.0, 1.0), "alpha; 0: none; with mixup, one of the two a step"),
+    "segments": ((1, 5, 2), "test clips a video, over time"),
+    "crops": ((1, 3, 3), "test crops a clip, over space"),
+    # optimisation
+    "epochs": ((20, 75, 50), "passes over the videos"),
+    "warmup-epochs": ((2, 5, 5), "epochs of linear warm-up"),
+    "batch-size": ((16, 512, 512), "videos a step, over all ranks; the learning-rate rule goes by it, without repeats"),
+    "lr": ((1.6e-2, 1e-3, 5e-4), "base learning rate, times batch size / 256"),
+    "warmup-lr": (1e-6, "where the warm-up starts, times batch size / 256"),
+    "min-lr": (1e-6, "where the cosine ends, times batch size / 256"),
+    "layer-decay": (0.75, "factor of the learning rate from each layer to the one before it"),
+    "beta1": (0.9, "AdamW"),
+    "beta2": (0.999, "AdamW"),
+    "weight-decay": (0.05, "AdamW; not on biases and norms"),
+    "drop-path": (0.1, "rate at which a clip skips a residual branch, growing linearly up to this in the last block"),
+    "smoothing": (0.1, "label smoothing"),
+    "clip-grad": (0.0, "largest gradient norm; 0: unlimited"),
+    "seed": (0, "of the head, the order and the samples"),
+    "amp": ("auto", "auto, bf16, fp16 or none (float32); auto: what the device is fast at"),
+    # the machine and the output: free to change between two starts of a run
+    "compile": (False, "torch.compile"),
+    "workers": (-1, "decoding processes a rank; -1: one a core beside a GPU, at most 16, and 2 on a CPU; 0: none"),
+    "log-every": ((25, 20, 20), "steps a log line"),
+    "save-every": ((100, 1000, 1000), "steps a checkpoint"),
+}
+FREE = {"workers", "compile", "log_every", "save_every", "eval", "predict", "segments", "crops", "val"}
+
+
+def main():
+    s = cmaev.read_settings(SETTINGS, __doc__.splitlines()[0])
+    rank, world, device = cmaev.join_ranks()
+    chief = rank == 0
+    say = print if chief else lambda *_, **__: None
+    run, dtype = Path(s.out), cmaev.amp_dtype(s.amp, device)
+    autocast = lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()
+    workers = cmaev.worker_count(s.workers, device)
+    geometry = dict(frames=s.frames, size=s.size, tubelet=s.tubelet, patch=s.patch)
+    views = lambda videos, segments=s.segments, crops=s.crops: cmaev.LabelledClips(
+        videos, s.frames, s.rate, s.size, s.sampling, segments=segments, crops=crops)
+    softmax = lambda model: lambda clips: model(clips).float().softmax(dim=1)
+    over_videos = lambda function, clips: cmaev.over_videos(
+        function, clips, max(1, s.batch_size // (world * s.segments * s.crops)), workers, device, rank, world)
+
+    def build(names, init):
+        sizes = dict(fusion=False) if s.encoder.startswith("convvit") else {}  # ConvMAE's fine-tuning leaves it out
+        encoder = cmaev.build_encoder(s.encoder, **geometry, **sizes, drop_path=s.drop_path)
+        if init:
+            cmaev.load_encoder(init, encoder)
+        return cmaev.Classifier(encoder, len(names)).to(device)
+
+    def test(model, videos, names):
+        model.eval()
+        with autocast():
+            scores = over_videos(softmax(model), views(videos))
+        if chief:
+            top1, top5 = cmaev.report(scores, videos, names, run)
+            print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos)} videos, {s.segments} x {s.crops} views, "
+                  f"{len(names)} classes (chance {100 / len(names):.2f} %)")
+
+    # asking and testing what is there
+    if s.predict or s.eval:
+        checkpoint = cmaev.read_checkpoint(run / "checkpoint.pt")
+        if checkpoint is None:
+            raise cmaev.CMAEVError(f"{run} holds no checkpoint.pt: fine-tune first, or give its folder with --out")
+        names = checkpoint["names"]
+        model = build(names, None)
+        cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
+        if s.eval:
+            return test(model, cmaev.read_labelled(s.val, "val", len(names)), names)
+        model.eval()
+        with autocast():
+            scores = over_videos(softmax(model), views([(file, None) for file in s.predict]))
+        for file, probabilities in zip(s.predict, scores):
+            best = probabilities.topk(min(5, len(names)))
+            say(f"{file}: " + ", ".join(f"{names[i]} {p:.1%}" for p, i in zip(best.values, best.indices)))
+        return
+
+    # the videos
+    videos = cmaev.read_labelled(s.data, "data")
+    names = cmaev.class_names(videos)
+    tests = cmaev.read_labelled(s.val, "val", len(names))
+    if s.subset:
+        with cmaev.seeded(s.seed):
+            videos = [videos[i] for i in torch.randperm(len(videos))[:s.subset]]
+    if s.batch_size % world or len(videos) < s.batch_size:
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: needs a multiple of {world} ranks, and no more than the "
+                               f"{len(videos)} videos of {s.data}")
+    cmaev.Video(videos[0][0])  # a list of what is no video fails here, not in a worker
+    init = None if s.init == "none" else s.init
+    torch.manual_seed(s.seed)
+
+    # frozen features
+    if s.probe:
+        probes = dict(linear=cmaev.linear_probe, knn=cmaev.nearest_neighbours)
+        if s.probe not in probes:
+            raise cmaev.CMAEVError(f"--probe {s.probe}: give linear or knn")
+        encoder = cmaev.build_encoder(s.encoder, **geometry)
+        if init:
+            cmaev.load_encoder(init, encoder)
+        encoder.to(device).eval()
+        pooled = lambda clips: cmaev.features(encoder, clips)[1]
+        with autocast():
+            known, unknown = over_videos(pooled, views(videos)), over_videos(pooled, views(tests))
+        scores = probes[s.probe](known, torch.tensor([label for _, label in videos]), unknown, len(names))
+        right = scores.argmax(dim=1) == torch.tensor([label for _, label in tests])
+        return say(f"{s.probe} probe of {s.init}: top-1 {right.float().mean():.2%} of {len(tests)} videos, "
+                   f"{len(videos)} labels, chance {1 / len(names):.2%}")
+
+    # the model
+    model = build(names, init)
+    groups = cmaev.layer_groups(model, s.weight_decay, s.layer_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # the loss since the last log line, and how many
+    augment = cmaev.training_augmentation(s.size, s.smallest_crop, s.flip, s.rand_augment, s.erasing)
+    clips = cmaev.LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, augment, s.repeats, seed=s.seed)
+    mix = cmaev.mixing(s.mixup, s.cutmix, len(names))
+    per_epoch = len(videos) // s.batch_size
+    steps, warmup = s.epochs * per_epoch, s.warmup_epochs * per_epoch
+
+    # the run's folder, and where it stopped
+    start = 0
+    with cmaev.chief_first():
+        checkpoint = cmaev.open_run(run, s, FREE, device)
+    if checkpoint:
+        cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        sums.copy_(checkpoint["sums"])
+        start = checkpoint["step"]
+    if chief:
+        cmaev.start_log(run / "log.jsonl", start)
+    if start == steps:
+        return say(f"{run} is finished, all {steps} steps: --eval tests it; for another run, give another --out")
+    say(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of "
+        f"{s.batch_size * s.repeats} clips; {world} x {device.type}, "
+        f"{str(dtype or torch.float32).removeprefix('torch.')}" + (f"; going on from step {start}" if start else ""))
+
+    # the loop
+    trained = DistributedDataParallel(model) if world > 1 else model
+    if s.compile:
+        trained = torch.compile(trained)
+    loader = iter(DataLoader(
+        clips, batch_sampler=cmaev.Batches(len(videos), s.batch_size, steps, s.seed, rank, world, start),
+        num_workers=workers, pin_memory=device.type == "cuda"))
+    scale = s.batch_size / 256
+    began, waited, logged = time.perf_counter(), 0.0, start
+    model.train()
+    for step in range(start, steps):
+        asked = time.perf_counter()
+        batch = {name: x.flatten(0, 1) for name, x in next(loader).items()}
+        waited += time.perf_counter() - asked
+        torch.manual_seed(cmaev.seed_of(s.seed, step, rank))  # of mixup and drop path: a restart changes nothing
+        clip, labels = (batch[name].to(device, non_blocking=True) for name in ("clip", "label"))
+        clip, labels = mix(cmaev.normalize(clip), labels)
+
+        lr = cmaev.learning_rate(step, warmup, steps, scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        with autocast():
+            logits = trained(clip)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=s.smoothing)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        sums += torch.stack([loss.detach(), torch.ones((), device=device)])
+
+        done, last = step + 1, step + 1 == steps
+        if done % s.log_every == 0 or last:
+            mean = (cmaev.mean_over_ranks(sums)[0] / sums[1]).item()  # waits for the device
+            seconds, clips_done = time.perf_counter() - began, (done - logged) * s.batch_size * s.repeats
+            record = dict(step=done, epoch=done / per_epoch, loss=mean, lr=lr, grad_norm=grad_norm.item(),
+                          clips_per_s=clips_done / seconds, data_wait=waited / seconds,
+                          memory_mib=cmaev.peak_memory(device))
+            if chief:
+                with open(run / "log.jsonl", "a") as log:
+                    print(json.dumps(record), file=log)
+                left = timedelta(seconds=round(seconds / (done - logged) * (steps - done)))
+                print("step {step}/{steps}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm:.2f}  "
+                      "{clips_per_s:.1f} clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(
+                          steps=steps, left=left, **record), flush=True)
+            sums.zero_()
+            began, waited, logged = time.perf_counter(), 0.0, done
+        if done % s.save_every == 0 or last:
+            cmaev.mean_over_ranks(sums)
+            if chief:
+                with cmaev.whole_file(run / "checkpoint.pt", "wb") as file:
+                    torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                    scaler=scaler.state_dict(), sums=sums, names=names), file)
+
+    test(model, tests, names)
+
+
+if __name__ == "__main__":
+    cmaev.run_script(main)
