@@ -2,15 +2,15 @@
 
 Read it beside the paper, from top to bottom, in the order in which the data flows:
 
-     1  video in              exact frames from files and folders; lists; the temporal shift; the dataset
+     1  video in              exact frames from files and folders; lists; the temporal shift; the two datasets
      2  tube mask             which 90 % of the cubes the online encoder does not see
      3  encoders              ViT and ConvViT: encoder(clip, mask) -> tokens
      4  decoder and heads     pixel decoder; projector and predictor with global batch statistics
      5  losses                equations 4, 5 and 7
      6  CMAE-V                equations 1 to 8 in one forward; the momentum step
-     7  classifier            mean pool, norm, head
-     8  weights               the encoder alone, under VideoMAE's key names
-     9  training              what the scripts share: settings, ranks, AMP, schedule, checkpoints, log
+     7  classifier            mean pool, norm, head; probes of frozen features
+     8  weights               this project's, VideoMAE's and Hugging Face's files in, an encoder out
+     9  training              what the scripts share: settings, ranks, AMP, schedule, checkpoints, log, testing
     10  demo                  a small labelled set of real video files, made on the spot
 
 Where a number comes from stands beside it: [paper], [VideoMAE], [CMAE] and [ConvMAE] are the paper and the public
