@@ -833,6 +833,11 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def this_rank():
+    """Number of this rank; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 class GlobalBatchNorm(nn.Module):
     """Batch norm with the statistics of the batch of all ranks, on every backend: [B, C] -> [B, C] in float32.
 
@@ -903,7 +908,7 @@ def info_nce(query, key, temperature):
     query, keys = F.normalize(query.float(), dim=1), gather(F.normalize(key.float(), dim=1))
     with torch.autocast(query.device.type, enabled=False):
         similarity = query @ keys.T / temperature  # [B, B * world]
-    own = torch.arange(len(query), device=query.device) + len(query) * (dist.get_rank() if world_size() > 1 else 0)
+    own = torch.arange(len(query), device=query.device) + len(query) * this_rank()
     return F.cross_entropy(similarity, own), (similarity.argmax(dim=1) == own).float().mean()
 
 
@@ -1119,6 +1124,8 @@ def read_weights(path):
         raise CMAEVError(f"{path}: reading .safetensors needs the package safetensors: pip install it") from None
     except Exception as error:
         raise CMAEVError(f"{path} cannot be read as weights ({type(error).__name__}): a file of tensors?") from None
+    if not isinstance(state, dict):
+        raise CMAEVError(f"{path} holds a {type(state).__name__} and not a dict of weights")
     for key in ("model", "module"):  # this project's and VideoMAE's files; DeepSpeed's
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -1142,9 +1149,10 @@ def load_encoder(path, encoder, decoder=None):
     if decoder is not None and any(name.startswith(prefix) for name in state):
         load_weights(decoder, {name.removeprefix(prefix): value for name, value in state.items()
                                if name.startswith(prefix)}, path)
-    print(f"{path}: {len(wanted)} of the encoder's {len(encoder.state_dict())} weights"
-          f"{'' if len(wanted) == len(encoder.state_dict()) else ' (not its final norm)'}, "
-          f"{len(state) - len(wanted)} others in the file")
+    if this_rank() == 0:
+        print(f"{path}: {len(wanted)} of the encoder's {len(encoder.state_dict())} weights"
+              f"{'' if len(wanted) == len(encoder.state_dict()) else ' (not its final norm)'}, "
+              f"{len(state) - len(wanted)} others in the file")
     return encoder
 
 
@@ -1223,11 +1231,10 @@ def join_ranks():
 @contextlib.contextmanager
 def chief_first():
     """The block runs on rank 0, and only then on the other ranks, who find on disk what it left there."""
-    ranks = world_size() > 1
-    if ranks and dist.get_rank() > 0:
+    if this_rank() > 0:
         dist.barrier()
     yield
-    if ranks and dist.get_rank() == 0:
+    if this_rank() == 0 and world_size() > 1:
         dist.barrier()
 
 
@@ -1402,7 +1409,7 @@ def open_run(folder, settings, free, device):
                              "give the old ones to go on, or another --out")
     versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if this_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         about = dict(settings=settings, commit=git_commit(), device=device_name, world_size=world_size(),
                      python=platform.python_version(), **versions)
