@@ -227,13 +227,19 @@ def read_labelled(path, flag, classes=None):
 
 def _read_class_folders(root):
     classes = sorted(entry for entry in root.iterdir() if entry.is_dir())
-    is_video = lambda entry: entry.is_dir() or entry.suffix.lower() in VIDEO_SUFFIXES
+    is_image = lambda name: Path(name).suffix.lower() in IMAGE_SUFFIXES
+    is_video = lambda entry: any(map(is_image, os.listdir(entry))) if entry.is_dir() else (
+        entry.suffix.lower() in VIDEO_SUFFIXES)
     return [(str(v), label) for label, c in enumerate(classes) for v in sorted(c.iterdir()) if is_video(v)]
 
 
 def _read_list_file(path):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise CMAEVError(f"{path}: is no text: give a list with one `path label` a line") from None
     videos, listings = [], {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -1199,6 +1205,8 @@ def read_settings(table, description):
         if getattr(settings, flag.replace("-", "_")) is None:
             value = values[RECIPES.index(settings.recipe)] if isinstance(values, tuple) else values
             setattr(settings, flag.replace("-", "_"), value)
+    if settings.seed < 0:
+        raise CMAEVError(f"--seed {settings.seed}: give 0 or a positive number")
     return settings
 
 
@@ -1410,7 +1418,10 @@ def open_run(folder, settings, free, device):
     versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     if this_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CMAEVError(f"--out {folder} cannot be made ({error.strerror}): give another folder") from None
         about = dict(settings=settings, commit=git_commit(), device=device_name, world_size=world_size(),
                      python=platform.python_version(), **versions)
         with whole_file(record, "w") as file:

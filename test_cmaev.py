@@ -728,6 +728,10 @@ def wrong(tmp_path_factory):
     ("--data good.txt --batch-size 16", "--batch-size 16"),
     ("--data good.txt --batch-size 5 --repeats 2", "no multiple"),
     ("--recipe k400", "needs --data"),
+    ("--data good.mp4", "good.mp4: is no text"),
+    ("--data .", "no videos in it"),
+    ("--data good.txt --seed -1", "--seed -1"),
+    ("--data good.txt --batch-size 4 --out good.txt/run", "--out good.txt/run cannot be made"),
 ])
 def test_wrong_input_ends_in_one_line(wrong, monkeypatch, arguments, words):
     monkeypatch.chdir(wrong)
