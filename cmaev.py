@@ -1499,12 +1499,16 @@ def make_demo(folder, train=400, val=200, seed=0):
 
 
 def write_video(path, frames, rate=24):
-    """Writes uint8 RGB frames, each [H, W, 3], as H.264."""
+    """Writes uint8 RGB frames, each [H, W, 3], as H.264: the same file every time.
+
+    With x264's threads and look-ahead as they are by default, the file depends on how fast the frames come.
+    """
+    options = {"crf": "18", "preset": "veryfast", "x264-params": "threads=1:sync-lookahead=0:mbtree=0"}
     with av.open(str(path), "w") as container:
         stream = None
         for frame in frames:
             if stream is None:
-                stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
+                stream = container.add_stream("libx264", rate=rate, options=options)
                 stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         container.mux(stream.encode(None))
