@@ -1,6 +1,5 @@
 """Every part against something independent of it: a slow loop, float64, a plain decode, one process against two."""
 
-import copy
 import json
 import math
 import os
