@@ -1480,9 +1480,10 @@ DEMO_FRAMES, DEMO_SIDE = 48, 80
 def make_demo(folder, train=400, val=200, seed=0):
     """Writes folder/{train,val}/class/*.mp4 (H.264, 48 frames of 80 x 80) and the lists train.txt and val.txt.
 
-    A textured shape moves over a textured, drifting background. The class is the motion alone: colours, textures,
-    shape, size, angle, place, speed and drift are drawn alike for all classes, so that no single frame tells the class,
-    as in Something-Something. Video i of a split is a pure function of (seed, split, i).
+    A soft light moves over a darker, slowly drifting background. The class is the motion alone: colours, textures,
+    shape, size, place, speed and drift are drawn alike for all classes, so that no single frame tells the class, as in
+    Something-Something. The light is wide, so that one visible tube in ten tells something of its path.
+    Video i of a split is a pure function of (seed, split, i).
     """
     folder, partial = Path(folder), Path(f"{folder}.partial")
     for split, (name, count) in enumerate((("train", train), ("val", val))):
@@ -1516,42 +1517,32 @@ def write_video(path, frames, rate=24):
 def demo_video(label, rng):
     """The frames of one demo video, uint8 [H, W, 3] each."""
     motion = DEMO_CLASSES[label]
-    background, texture = demo_texture(rng, 100, 220, 0.5), demo_texture(rng, 12, 36, 0.4)
-    outline = DEMO_SHAPES[rng.integers(len(DEMO_SHAPES))]
-    middle, drift = DEMO_SIDE / 2 + rng.uniform(-10, 10, 2), rng.normal(0, 0.3, 2)
-    angle, size = rng.uniform(0, 2 * np.pi), rng.uniform(11, 17)
-    speed, turn, growth = rng.uniform(0.45, 0.9), rng.uniform(0.04, 0.1), rng.uniform(0.012, 0.022)
-    reach, beat, phase = rng.uniform(9, 15), 2 * np.pi / rng.uniform(16, 26), rng.uniform(0, 2 * np.pi)
-    direction = dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0)).get(motion, (0, 0))
-    swing = dict(swinging=(0, 1), bobbing=(1, 0)).get(motion, (0, 0))
-    spin = dict(clockwise=-1, counterclockwise=1).get(motion, 0)
+    background, light = demo_texture(rng, (100, 220), (0.1, 0.3)), demo_texture(rng, (12, 36), (0.65, 0.9))
+    middle, drift = DEMO_SIDE / 2 + rng.uniform(-10, 10, 2), rng.normal(0, 0.1, 2)
+    angle, size, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(14, 22), rng.uniform(1, 1.3)
+    speed, growth, reach, radius = (rng.uniform(*span) for span in ((0.6, 1.2), (0.02, 0.035), (10, 16), (9, 15)))
+    beat, turn, phase = 2 * np.pi / rng.uniform(30, 44), 2 * np.pi / rng.uniform(40, 60), rng.uniform(0, 2 * np.pi)
+    direction = np.array(dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0)).get(motion, (0, 0)))
+    swing = np.array(dict(swinging=(0, 1), bobbing=(1, 0)).get(motion, (0, 0)))
+    spin = dict(clockwise=1, counterclockwise=-1).get(motion, 0)
     scale = dict(growing=1, shrinking=-1).get(motion, 0)
+    circle = lambda t: radius * np.array([np.sin(phase + spin * turn * t), np.cos(phase + spin * turn * t)])
+    path = lambda t: direction * speed * t + swing * reach * np.sin(phase + beat * t) + circle(t)
+    c, s = np.cos(angle), np.sin(angle)
     pixels = np.stack(np.mgrid[:DEMO_SIDE, :DEMO_SIDE], axis=-1).astype(np.float32)  # (row, column)
-    for t in np.arange(DEMO_FRAMES) - DEMO_FRAMES / 2:
-        centre = middle + np.multiply(direction, speed * t) + np.multiply(swing, reach * np.sin(beat * t + phase))
-        c, s = np.cos(angle + spin * turn * t), np.sin(angle + spin * turn * t)
+    for t in np.arange(DEMO_FRAMES) - DEMO_FRAMES // 2:
         turned = np.array([[c, -s], [s, c]]) / (size * np.exp(scale * growth * t))
-        local = (pixels - np.float32(centre)) @ np.float32(turned)
-        inside = outline(np.abs(local[..., 0]), np.abs(local[..., 1]))[..., None]
-        image = np.where(inside, texture(local * 14), background(pixels - np.float32(drift * t)))
+        local = (pixels - np.float32(middle + path(t) - path(0))) @ np.float32(turned)
+        bright = np.exp(-((local * np.float32([stretch, 1 / stretch])) ** 2).sum(axis=-1, keepdims=True))
+        image = bright * light(local * 14) + (1 - bright) * background(pixels - np.float32(drift * t))
         yield np.clip(image * 255, 0, 255).astype(np.uint8)
 
 
-# Shapes in their own coordinates, |u| and |v| in units of the half side: square, disc, cross, bar, ring.
-DEMO_SHAPES = (
-    lambda u, v: np.maximum(u, v) < 0.9,
-    lambda u, v: u**2 + v**2 < 1,
-    lambda u, v: (np.minimum(u, v) < 0.35) & (np.maximum(u, v) < 1.1),
-    lambda u, v: (u < 0.55) & (v < 1.3),
-    lambda u, v: np.abs(u**2 + v**2 - 0.8) < 0.5,
-)
-
-
-def demo_texture(rng, shortest, longest, strength):
+def demo_texture(rng, lengths, bases):
     """Two random coloured waves: a function of coordinates [..., 2] in pixels -> RGB [..., 3], mostly in 0 to 1."""
-    angle, length = rng.uniform(0, 2 * np.pi, 2), rng.uniform(shortest, longest, 2)
+    angle, length = rng.uniform(0, 2 * np.pi, 2), rng.uniform(*lengths, 2)
     waves = np.float32(np.stack([np.cos(angle), np.sin(angle)]) * 2 * np.pi / length)
-    phase, base, color = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.35, 0.65, 3), rng.normal(size=(2, 3))
-    color *= strength / np.linalg.norm(color, axis=1, keepdims=True)
+    phase, base, color = rng.uniform(0, 2 * np.pi, 2), rng.uniform(*bases, 3), rng.normal(size=(2, 3))
+    color *= 0.2 / np.linalg.norm(color, axis=1, keepdims=True)
     phase, base, color = np.float32(phase), np.float32(base), np.float32(color)
     return lambda points: base + np.sin(points @ waves + phase) @ color
