@@ -30,6 +30,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from bisect import bisect_right
 from collections import deque
 from copy import deepcopy
@@ -100,14 +101,17 @@ class Video:
 
         Decodes each frame at most once, and turns it upright where the file says that it was filmed rotated.
         """
-        indices = [int(i) for i in indices]
-        wanted = sorted(set(indices))
+        frames = self.frames(indices)
+        return torch.stack([frames[int(i)] for i in indices])
+
+    def frames(self, indices):
+        """The same as {index: uint8 RGB [H, W, 3]}: whoever needs a part of them need not copy all."""
+        wanted = sorted({int(i) for i in indices})
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.length:
             raise CMAEVError(f"{self.path}: has frames 0 to {self.length - 1}, asked for {wanted or 'none'}")
         decode = self._read_images if self.images else self._read_file
         try:
-            frames = dict(decode(wanted))
-            return torch.stack([frames[i] for i in indices])
+            return dict(decode(wanted))
         except (av.error.FFmpegError, OSError, RuntimeError) as error:
             raise CMAEVError(f"{self.path}: cannot be decoded: {one_line(error)}") from None
 
@@ -147,7 +151,7 @@ class Video:
         wanted, seek = deque(wanted), self.pts is not None
         while wanted:
             first = wanted[0]
-            for i, frame in self._decode(self._key_before(first) if seek else None):
+            for i, frame in self._decode_asked(wanted) if seek else self._decode_all():
                 if i > wanted[0]:
                     break
                 if i == wanted[0]:
@@ -159,12 +163,21 @@ class Video:
                     raise CMAEVError(f"{self.path}: frame {first} of {self.length} cannot be decoded: damaged?")
                 seek = False
 
-    def _decode(self, key):
-        """Decoded frames with their numbers, from the key frame of timestamp `key`, or from the start (None)."""
+    def _decode_asked(self, wanted):
+        """Numbers and frames from the key frame before wanted[0], without those that nobody asked for or refers to."""
+        key, asked = self._key_before(wanted[0]), {self.pts[i] for i in wanted}
         if key is None:
             self._open()
         else:
             self.container.seek(key, stream=self.stream)
+        for packet in self.container.demux(self.stream):
+            self.stream.codec_context.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
+            for frame in packet.decode():
+                yield self.position.get(frame.pts, -1), frame
+
+    def _decode_all(self):
+        """Numbers and frames of the whole file."""
+        self._open()
         for count, frame in enumerate(self.container.decode(self.stream)):
             yield count if self.pts is None else self.position.get(frame.pts, -1), frame
 
@@ -298,15 +311,6 @@ def multi_scale_crop(height, width, generator=None):
     return (height - h) * y // 4, (width - w) * x // 4, h, w
 
 
-def color_augmentation():
-    """CMAE's colour augmentation of the target view: one draw for all frames of a clip, uint8 [T, 3, H, W]."""
-    return v2.Compose([
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([v2.GaussianBlur(13, sigma=(0.1, 2.0))], p=0.5),  # 13 = 3 sigma to either side
-    ])
-
-
 def seed_of(*key):
     """Non-negative integers -> one well-mixed 64-bit seed."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
@@ -322,21 +326,40 @@ def seeded(*key):
         yield torch.default_generator.manual_seed(seed_of(*key))
 
 
+COLOR_AUGMENTATION = v2.Compose([  # of the target view [CMAE]
+    v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+    v2.RandomGrayscale(p=0.2),
+    v2.RandomApply([v2.GaussianBlur(13, sigma=(0.1, 2.0))], p=0.5),  # 13 = 3 sigma to either side
+])
+
+
+def augment_colors(clips, seeds):
+    """One draw of COLOR_AUGMENTATION a clip, the same for its frames: uint8 [B, T, 3, S, S], int64 [B] -> the same.
+
+    On the clips' device: on a CPU it takes longer than decoding does.
+    """
+    augmented = []
+    for clip, seed in zip(clips, seeds.tolist()):
+        with seeded(seed):
+            augmented.append(COLOR_AUGMENTATION(clip))
+    return torch.stack(augmented)
+
+
 class PretrainClips(Dataset):
     """The two views of each video and their tube mask: a sample is a pure function of (seed, epoch, index).
 
     `videos` is read_list's; `grid` the encoder's token grid. `repeats` clips, each with its own start, shift, crop and
     mask, come out of one opened video [mae_st]. dataset[epoch, index] is a dict, R = repeats, S = size:
         online  uint8 [R, T, 3, S, S]   the view to be masked
-        target  uint8 [R, T, 3, S, S]   the shifted, colour-augmented view; absent without `two_views`
+        target  uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
+        colors  int64 [R]               seeds of the target's colour augmentation (augment_colors)
         mask    bool [R, N]             True = masked
     """
 
     def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
-                 two_views=True, color_augment=True):
+                 two_views=True):
         self.videos, self.grid, self.mask_ratio, self.repeats, self.seed = videos, grid, mask_ratio, repeats, seed
         self.frames, self.rate, self.max_shift, self.size, self.two_views = frames, rate, max_shift, size, two_views
-        self.color_augment = color_augmentation() if color_augment else nn.Identity()
 
     def __len__(self):
         return len(self.videos)
@@ -349,18 +372,18 @@ class PretrainClips(Dataset):
             indices = torch.stack([torch.stack(shifted()) for _ in range(self.repeats)])  # [R, 2, T]
             if not self.two_views:
                 indices = indices[:, :1]
-            frames = video.read(indices.flatten())
-            views = frames.unflatten(0, indices.shape)  # [R, 2, T, H, W, 3]: one decoding pass for all of them
-            views = torch.stack([self.crop(clip, generator) for clip in views])
+            frames = video.frames(indices.flatten())  # one decoding pass for all of them
+            views = torch.stack([self.crop([frames[i] for i in clip.flatten().tolist()], generator).unflatten(
+                0, clip.shape) for clip in indices])  # [R, 2, T, 3, S, S]
             sample = {"online": views[:, 0], "mask": tube_mask(self.repeats, self.grid, self.mask_ratio, generator)}
             if self.two_views:
-                sample["target"] = torch.stack([self.color_augment(clip) for clip in views[:, 1]])
+                sample.update(target=views[:, 1], colors=torch.randint(2**62, (self.repeats,), generator=generator))
         return sample
 
-    def crop(self, views, generator):
-        """Both views of a clip under one random crop: uint8 [2, T, H, W, 3] -> [2, T, 3, S, S]."""
-        top, left, height, width = multi_scale_crop(*views.shape[2:4], generator)
-        views = views[:, :, top:top + height, left:left + width].movedim(-1, 2)
+    def crop(self, frames, generator):
+        """The frames of a clip's views under one random crop: n times uint8 [H, W, 3] -> [n, 3, S, S]."""
+        top, left, height, width = multi_scale_crop(*frames[0].shape[:2], generator)
+        views = torch.stack([frame[top:top + height, left:left + width] for frame in frames]).movedim(-1, 1)
         return v2.functional.resize(views, [self.size, self.size], antialias=True)
 
 
@@ -517,20 +540,24 @@ def tube_mask(batch, grid, ratio, generator=None):
     return (rank < masked).repeat(1, time_steps)
 
 
-def split_tokens(mask):
-    """bool [B, N] -> token numbers in token order: visible [B, N_v], masked [B, N_m].
+@torch.compiler.disable
+def split_tokens(mask, device=None):
+    """bool [B, N] -> token numbers in token order, on `device`: visible [B, N_v], masked [B, N_m].
 
-    A mask on the CPU costs no synchronisation with the device: the counts are known to the host.
+    A mask on the CPU costs no synchronisation with the device: the counts are known to the host, and the numbers
+    travel from pinned memory.
     """
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) > 1:
         raise CMAEVError(f"a mask hides {min(counts)} to {max(counts)} tokens: all clips of a batch must have the same")
-    return mask.byte().argsort(dim=1, stable=True).split([mask.shape[1] - counts[0], counts[0]], dim=1)
+    numbers = mask.byte().argsort(dim=1, stable=True)
+    if numbers.device.type == "cpu" and device is not None and device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True).split([mask.shape[1] - counts[0], counts[0]], dim=1)
 
 
 def take(tokens, numbers):
     """The tokens of the given numbers: [B, N, ...], [B, K] -> [B, K, ...]."""
-    numbers = numbers.to(tokens.device, non_blocking=True)
     return tokens.gather(1, numbers.view(*numbers.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:]))
 
 
@@ -564,11 +591,17 @@ def token_grid(frames, size, tubelet, patch):
     return frames // tubelet, height // patch, width // patch
 
 
-def cubes(clip, grid):
-    """Cuts a clip into cubes, one a token: [B, 3, T, H, W] -> [B, N, values], in order (t, h, w, channel)."""
+def cubes(clip, grid, numbers=None):
+    """Cuts a clip into cubes, one a token: [B, 3, T, H, W] -> [B, N, values], in order (t, h, w, channel).
+
+    With token numbers [B, K], only those: [B, K, values].
+    """
     (t, h, w), (frames, height, width) = grid, clip.shape[2:]
-    x = clip.reshape(-1, 3, t, frames // t, h, height // h, w, width // w)
-    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)
+    x = clip.reshape(-1, 3, t, frames // t, h, height // h, w, width // w).permute(0, 2, 4, 6, 3, 5, 7, 1)
+    if numbers is None:
+        return x.flatten(4).flatten(1, 3)
+    clips = torch.arange(len(clip), device=clip.device)[:, None]
+    return x[clips, numbers // (h * w), numbers // w % h, numbers % w].flatten(2)
 
 
 def uncubes(x, grid, size):
@@ -667,11 +700,11 @@ class Encoder(nn.Module):
         if clip.shape[1:] != (3, *(n * side for n, side in zip(self.grid, self.cube))):
             raise CMAEVError(f"clip [B, 3, T, H, W] is {list(clip.shape)}, the encoder is built for "
                              f"{[3, *(n * side for n, side in zip(self.grid, self.cube))]}")
-        x, positions = cubes(clip, self.grid), self.positions.expand(len(clip), -1, -1)
+        positions = self.positions.expand(len(clip), -1, -1)
         if mask is None:
-            return x, positions, None
-        numbers = split_tokens(mask)[0].to(clip.device, non_blocking=True)
-        return take(x, numbers), take(positions, numbers), numbers
+            return cubes(clip, self.grid), positions, None
+        numbers = split_tokens(mask, clip.device)[0]
+        return cubes(clip, self.grid, numbers), take(positions, numbers), numbers
 
 
 class VisionTransformer(Encoder):
@@ -812,7 +845,8 @@ class PixelDecoder(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)  # [choice] starts near the mean, loss 1: saves the way down to it
 
     def forward(self, tokens, mask):
-        visible, masked = (take(self.positions.expand(len(mask), -1, -1), numbers) for numbers in split_tokens(mask))
+        visible, masked = (take(self.positions.expand(len(mask), -1, -1), numbers)
+                           for numbers in split_tokens(mask, tokens.device))
         x = torch.cat([self.embed(tokens) + visible, self.mask_token + masked], dim=1)
         for block in self.blocks:
             x = block(x)
@@ -878,13 +912,16 @@ class ProjectionHead(nn.Sequential):
 
 
 def standardize(x):
-    """Cubes, each standardised per channel [VideoMAE]: [..., values] -> the same, mean and std [..., 1, 3].
+    """Normalised cubes, each standardised per channel [VideoMAE]: [..., values] -> the same, mean and std [..., 1, 3].
 
-    Standard deviation unbiased, 1e-6 added to it.
+    Standard deviation unbiased, with 1e-6 added to it in units of [0, 1], whatever the normalisation.
     """
     pixels = x.unflatten(-1, (-1, 3))
-    mean, std = pixels.mean(dim=-2, keepdim=True), pixels.std(dim=-2, keepdim=True) + 1e-6
-    return ((pixels - mean) / std).flatten(-2), mean, std
+    mean = pixels.mean(dim=-2, keepdim=True)
+    centred = pixels - mean
+    variance = centred.square().sum(dim=-2, keepdim=True) / (pixels.shape[-2] - 1)
+    std = variance.sqrt() + 1e-6 / channel_statistics(x.device)[1].view(3)
+    return (centred / std).flatten(-2), mean, std
 
 
 def reconstruction_loss(prediction, clip, mask, grid):
@@ -892,7 +929,7 @@ def reconstruction_loss(prediction, clip, mask, grid):
 
     prediction [B, N_m, values]; clip [B, 3, T, H, W], normalised; mask bool [B, N]; grid (T', H', W').
     """
-    masked = take(cubes(to_unit_range(clip), grid), split_tokens(mask)[1])
+    masked = cubes(clip, grid, split_tokens(mask, clip.device)[1])
     return F.mse_loss(prediction.float(), standardize(masked)[0])
 
 
@@ -972,16 +1009,15 @@ class CMAEV(nn.Module):
         """Normalised clip [B, 3, T, H, W] and mask -> original, masked, reconstructed clips, in [0, 1], same shape.
 
         The model predicts standardised cubes: the true mean and std of each cube, and the visible cubes, are pasted in.
+        Masked pixels show ImageNet's mean colour.
         """
-        original = to_unit_range(clip)
-        x = cubes(original, self.encoder.grid)
-        numbers = split_tokens(mask)[1].to(clip.device)
+        x, numbers = cubes(clip, self.encoder.grid), split_tokens(mask, clip.device)[1]
         prediction = self.decoder(self.encoder(clip, mask), mask).float()
         _, mean, std = standardize(take(x, numbers))
         filled = (prediction.unflatten(-1, (-1, 3)) * std + mean).flatten(-2)
         numbers = numbers[..., None].expand_as(filled)
-        back = lambda x: uncubes(x, self.encoder.grid, clip.shape[2:]).clamp(0, 1)
-        return original, back(x.scatter(1, numbers, 0.5)), back(x.scatter(1, numbers, filled))
+        back = lambda x: to_unit_range(uncubes(x, self.encoder.grid, clip.shape[2:])).clamp(0, 1)
+        return back(x), back(x.scatter(1, numbers, 0.0)), back(x.scatter(1, numbers, filled))
 
 
 # =====================================================================================================================
@@ -1326,6 +1362,44 @@ class Batches:
                     yield [(epoch, index) for index in order[i * self.batch:(i + 1) * self.batch][self.part]]
 
 
+class Feed:
+    """A loader's batches on the device, the clips of all videos in one dimension. Masks and seeds stay on the CPU.
+
+    On CUDA the copies run from pinned memory on a stream of their own, beside the step before.
+    """
+
+    def __init__(self, loader, device):
+        self.batches, self.device, self.waits = iter(loader), device, []
+        self.copies = torch.cuda.Stream() if device.type == "cuda" else None
+
+    def __next__(self):
+        began = self.mark()
+        batch = {name: x.flatten(0, 1) for name, x in next(self.batches).items()}
+        if self.copies:
+            with torch.cuda.stream(self.copies):
+                batch = {name: x if name in ("mask", "colors") else x.to(self.device, non_blocking=True)
+                         for name, x in batch.items()}
+            torch.cuda.current_stream().wait_stream(self.copies)
+            for x in batch.values():
+                if x.is_cuda:
+                    x.record_stream(torch.cuda.current_stream())
+        self.waits.append((began, self.mark()))
+        return batch
+
+    def mark(self):
+        """Now, in the device's own queue: a CUDA event; on a CPU the seconds of the clock."""
+        if self.copies is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def waited(self):
+        """Seconds that the device stood still for data since the last call; call it when the device has finished."""
+        waits, self.waits = self.waits, []
+        return sum(end - began if self.copies is None else began.elapsed_time(end) / 1000 for began, end in waits)
+
+
 def mean_over_ranks(x):
     """Mean of a tensor over the ranks, in place."""
     if world_size() > 1:
@@ -1399,6 +1473,11 @@ def git_commit():
         return None
 
 
+def device_name(device):
+    """The GPU's name, or the processor's."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+
+
 def open_run(folder, settings, free, device):
     """Starts a run's folder, or checks that it is this run's -> its last checkpoint, or None.
 
@@ -1415,13 +1494,12 @@ def open_run(folder, settings, free, device):
             raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(other)}): "
                              "give the old ones to go on, or another --out")
     versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     if this_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CMAEVError(f"--out {folder} cannot be made ({error.strerror}): give another folder") from None
-        about = dict(settings=settings, commit=git_commit(), device=device_name, world_size=world_size(),
+        about = dict(settings=settings, commit=git_commit(), device=device_name(device), world_size=world_size(),
                      python=platform.python_version(), **versions)
         with whole_file(record, "w") as file:
             json.dump(about, file, indent=1)
@@ -1451,6 +1529,19 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20 if resource else math.nan
+
+
+def matrix_rate(device, dtype, repeats=10):
+    """TFLOP/s of a large square matrix product on this device, in `dtype` or float32 (None): the median of several."""
+    side, seconds = 8192 if device.type == "cuda" else 2048, []
+    a = torch.randn(side, side, device=device).to(dtype or torch.float32)
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / np.median(seconds[2:]) / 1e12
 
 
 def clip_flops(model, mask_ratio):

@@ -53,8 +53,8 @@ SETTINGS = {
     "segments": ((1, 5, 2), "test clips a video, over time"),
     "crops": ((1, 3, 3), "test crops a clip, over space"),
     # optimisation
-    "epochs": ((20, 75, 50), "passes over the videos"),
-    "warmup-epochs": ((2, 5, 5), "epochs of linear warm-up"),
+    "epochs": ((10, 75, 50), "passes over the videos"),
+    "warmup-epochs": ((1, 5, 5), "epochs of linear warm-up"),
     "batch-size": ((16, 512, 512), "videos a step, over all ranks; the learning-rate rule goes by it, without repeats"),
     "lr": ((1.6e-2, 1e-3, 5e-4), "base learning rate, times batch size / 256"),
     "warmup-lr": (1e-6, "where the warm-up starts, times batch size / 256"),
@@ -191,19 +191,16 @@ def main():
     trained = DistributedDataParallel(model) if world > 1 else model
     if s.compile:
         trained = torch.compile(trained)
-    loader = iter(DataLoader(
+    feed = cmaev.Feed(DataLoader(
         clips, batch_sampler=cmaev.Batches(len(videos), s.batch_size, steps, s.seed, rank, world, start),
-        num_workers=workers, pin_memory=device.type == "cuda"))
+        num_workers=workers, pin_memory=device.type == "cuda"), device)
     scale = s.batch_size / 256
-    began, waited, logged = time.perf_counter(), 0.0, start
+    began, logged = time.perf_counter(), start
     model.train()
     for step in range(start, steps):
-        asked = time.perf_counter()
-        batch = {name: x.flatten(0, 1) for name, x in next(loader).items()}
-        waited += time.perf_counter() - asked
+        batch = next(feed)
         torch.manual_seed(cmaev.seed_of(s.seed, step, rank))  # of mixup and drop path: a restart changes nothing
-        clip, labels = (batch[name].to(device, non_blocking=True) for name in ("clip", "label"))
-        clip, labels = mix(cmaev.normalize(clip), labels)
+        clip, labels = mix(cmaev.normalize(batch["clip"]), batch["label"])
 
         lr = cmaev.learning_rate(step, warmup, steps, scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
         for group in optimizer.param_groups:
@@ -224,7 +221,7 @@ def main():
             mean = (cmaev.mean_over_ranks(sums)[0] / sums[1]).item()  # waits for the device
             seconds, clips_done = time.perf_counter() - began, (done - logged) * s.batch_size * s.repeats
             record = dict(step=done, epoch=done / per_epoch, loss=mean, lr=lr, grad_norm=grad_norm.item(),
-                          clips_per_s=clips_done / seconds, data_wait=waited / seconds,
+                          clips_per_s=clips_done / seconds, data_wait=feed.waited() / seconds,
                           memory_mib=cmaev.peak_memory(device))
             if chief:
                 with open(run / "log.jsonl", "a") as log:
@@ -234,7 +231,7 @@ def main():
                       "{clips_per_s:.1f} clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(
                           steps=steps, left=left, **record), flush=True)
             sums.zero_()
-            began, waited, logged = time.perf_counter(), 0.0, done
+            began, logged = time.perf_counter(), done
         if done % s.save_every == 0 or last:
             cmaev.mean_over_ranks(sums)
             if chief:

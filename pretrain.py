@@ -3,6 +3,7 @@
     python pretrain.py                                                   the demo, which makes its own videos
     python pretrain.py --recipe k400 --data train.txt --batch-size 64    one GPU
     torchrun --nproc_per_node=8 pretrain.py --recipe k400 --data train.txt
+    python pretrain.py --recipe k400 --benchmark --compile --batch-size 64   how fast; with --data, also of reading it
 
 The same command run again goes on from the last checkpoint. `python pretrain.py --help` lists the settings.
 """
@@ -12,6 +13,7 @@ import os
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -64,8 +66,9 @@ SETTINGS = {
     "log-every": ((50, 20, 20), "steps a log line"),
     "save-every": ((250, 1000, 1000), "steps a checkpoint"),
     "picture-every": ((250, 5000, 5000), "steps a picture of reconstructions; 0: none"),
+    "benchmark": (False, "only time 20 steps on synthetic clips, then on those of --data where it is given"),
 }
-FREE = {"workers", "compile", "log_every", "save_every", "picture_every"}
+FREE = {"workers", "compile", "log_every", "save_every", "picture_every", "benchmark"}
 
 
 def main():
@@ -79,19 +82,11 @@ def main():
         if s.data == DEMO and not os.path.exists(DEMO):
             print("making the demo's videos in data/demo", flush=True)
             cmaev.make_demo(Path(DEMO).parent)
-    if not s.data:
-        raise cmaev.CMAEVError(f"the recipe {s.recipe} needs --data: a list (`path label` a line) or class folders")
-    videos = cmaev.read_list(s.data)
-    if s.subset:
-        with cmaev.seeded(s.seed):
-            videos = [videos[i] for i in torch.randperm(len(videos))[:s.subset]]
-    if s.batch_size % (world * s.repeats):
-        raise cmaev.CMAEVError(f"--batch-size {s.batch_size} is no multiple of {world} ranks x {s.repeats} repeats")
+    if s.batch_size % (world * s.repeats) or s.batch_size < 2:
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give a multiple of {world} ranks x {s.repeats} repeats, "
+                               "and at least 2")
     per_step = s.batch_size // s.repeats
-    if len(videos) < per_step or s.batch_size < 2:
-        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: needs at least 2 clips, and no more than the "
-                               f"{len(videos) * s.repeats} that the {len(videos)} videos of {s.data} give")
-    cmaev.Video(videos[0][0])  # a list of what is no video fails here, not in a worker
+    videos = [] if s.benchmark and not s.data else read_videos(s, per_step)
     per_epoch = len(videos) // per_step
     steps, warmup = s.epochs * per_epoch, s.warmup_epochs * per_epoch
 
@@ -100,13 +95,48 @@ def main():
     model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature,
                         frames=s.frames, size=s.size, tubelet=s.tubelet, patch=s.patch)
     clips = cmaev.PretrainClips(videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size, s.mask_ratio,
-                                s.repeats, s.seed, two_views=bool(s.contrast_weight), color_augment=s.color_augment)
+                                s.repeats, s.seed, two_views=bool(s.contrast_weight))
     flops = cmaev.clip_flops(model, s.mask_ratio)
     model.to(device)
     optimizer = torch.optim.AdamW(cmaev.decay_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), fused=True)
     dtype = cmaev.amp_dtype(s.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=device)  # since the last log line, and how many
+
+    trained = DistributedDataParallel(model) if world > 1 else model
+    if s.compile:
+        trained = torch.compile(trained)
+    load = lambda steps, start=0: cmaev.Feed(DataLoader(
+        clips, batch_sampler=cmaev.Batches(len(videos), per_step, steps, s.seed, rank, world, start),
+        num_workers=cmaev.worker_count(s.workers, device), pin_memory=device.type == "cuda"), device)
+
+    def train_step(batch, lr):
+        online, target = cmaev.normalize(batch["online"]), None
+        if s.contrast_weight:
+            target = cmaev.augment_colors(batch["target"], batch["colors"]) if s.color_augment else batch["target"]
+            target = cmaev.normalize(target)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            losses = trained(online, target, batch["mask"])
+        scaler.scale(losses["loss"]).backward()
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model.update_target(s.momentum)
+        sums.add_(torch.stack([*(losses[name].detach() for name in LOSSES), torch.ones((), device=device)]))
+        return grad_norm
+
+    if s.benchmark:
+        size = s.batch_size // world, s.frames, 3, s.size, s.size
+        synthetic = dict(online=torch.randint(256, (1, *size), dtype=torch.uint8),
+                         target=torch.randint(256, (1, *size), dtype=torch.uint8), colors=torch.arange(size[0])[None],
+                         mask=cmaev.tube_mask(size[0], model.encoder.grid, s.mask_ratio)[None])
+        if device.type == "cuda":
+            synthetic = {name: x.pin_memory() for name, x in synthetic.items()}
+        return benchmark(s, train_step, synthetic, load if videos else None, flops, dtype, device, world, say)
 
     # the run's folder, and where it stopped
     run, start = Path(s.out), 0
@@ -128,41 +158,19 @@ def main():
         f"{str(dtype or torch.float32).removeprefix('torch.')}" + (f"; going on from step {start}" if start else ""))
 
     # the loop
-    trained = DistributedDataParallel(model) if world > 1 else model
-    if s.compile:
-        trained = torch.compile(trained)
-    loader = iter(DataLoader(
-        clips, batch_sampler=cmaev.Batches(len(videos), per_step, steps, s.seed, rank, world, start),
-        num_workers=cmaev.worker_count(s.workers, device), pin_memory=device.type == "cuda"))
-    scale = s.batch_size / 256
-    began, waited, logged = time.perf_counter(), 0.0, start
+    feed, scale = load(steps, start), s.batch_size / 256
+    began, logged = time.perf_counter(), start
     for step in range(start, steps):
-        asked = time.perf_counter()
-        batch = {name: x.flatten(0, 1) for name, x in next(loader).items()}
-        waited += time.perf_counter() - asked
-        online, target = (cmaev.normalize(batch[view].to(device, non_blocking=True)) if view in batch else None
-                          for view in ("online", "target"))
-
         lr = cmaev.learning_rate(step, warmup, steps, scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
-            losses = trained(online, target, batch["mask"])
-        scaler.scale(losses["loss"]).backward()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad or float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        model.update_target(s.momentum)
-        sums += torch.stack([*(losses[name].detach() for name in LOSSES), torch.ones((), device=device)])
+        grad_norm = train_step(next(feed), lr)
 
         done, last = step + 1, step + 1 == steps
         if done % s.log_every == 0 or last:
             *means, _ = (cmaev.mean_over_ranks(sums) / sums[-1]).tolist()  # waits for the device
             seconds, clips_done = time.perf_counter() - began, (done - logged) * s.batch_size
             record = dict(step=done, epoch=done / per_epoch, **dict(zip(LOSSES, means)), lr=lr,
-                          grad_norm=grad_norm.item(), clips_per_s=clips_done / seconds, data_wait=waited / seconds,
+                          grad_norm=grad_norm.item(), clips_per_s=clips_done / seconds,
+                          step_ms=1000 * seconds / (done - logged), data_wait=feed.waited() / seconds,
                           tflop_per_s=flops * clips_done / seconds / 1e12, memory_mib=cmaev.peak_memory(device))
             if chief:
                 with open(run / "log.jsonl", "a") as log:
@@ -170,11 +178,12 @@ def main():
                 left = timedelta(seconds=round(seconds / (done - logged) * (steps - done)))
                 print("step {step}/{steps}  epoch {epoch:.2f}  loss {loss:.4f} = {reconstruction:.4f} + {weight} x "
                       "{contrast:.4f}  accuracy {accuracy:.0%}  lr {lr:.1e}  grad {grad_norm:.2f}  {clips_per_s:.1f} "
-                      "clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(
+                      "clips/s  data wait {data_wait:.0%}  {tflop_per_s:.3g} TFLOP/s  {memory_mib:.0f} MiB  {left} "
+                      "left".format(
                           steps=steps, weight=s.contrast_weight, left=left, **record),
                       flush=True)
             sums.zero_()
-            began, waited, logged = time.perf_counter(), 0.0, done
+            began, logged = time.perf_counter(), done
 
         if chief and s.picture_every and (done % s.picture_every == 0 or last):
             write_png(picture(model, clips, device), str(run / f"reconstruction-{done:06d}.png"))
@@ -187,6 +196,65 @@ def main():
                                     scaler=scaler.state_dict(), sums=sums), file)
 
     say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures")
+
+
+def read_videos(s, per_step):
+    """--data and --subset -> read_list's videos. Raises CMAEVError where they do not fill a step."""
+    if not s.data:
+        raise cmaev.CMAEVError(f"the recipe {s.recipe} needs --data: a list (`path label` a line) or class folders")
+    videos = cmaev.read_list(s.data)
+    if s.subset:
+        with cmaev.seeded(s.seed):
+            videos = [videos[i] for i in torch.randperm(len(videos))[:s.subset]]
+    if len(videos) < per_step:
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give no more than the {len(videos) * s.repeats} clips "
+                               f"that the {len(videos)} videos of {s.data} give")
+    cmaev.Video(videos[0][0])  # a list of what is no video fails here, not in a worker
+    return videos
+
+
+def benchmark(s, train_step, synthetic, load, flops, dtype, device, world, say):
+    """Times the training step on one synthetic batch and on --data, and the reading of --data alone: a table, JSON."""
+    workers, timed, rows = cmaev.worker_count(s.workers, device), 20, {}
+    warm = 5 + 2 * workers  # compilation, memory, and the batches that were read ahead meanwhile
+    peak = cmaev.matrix_rate(device, dtype)
+
+    def run(name, feed, step, count):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        feed.waited()
+        began = time.perf_counter()
+        for _ in range(count):
+            step(next(feed), 0.0)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        rate = count * s.batch_size / seconds
+        rows[name] = dict(clips_per_s=rate, step_ms=1000 * seconds / count)
+        if step is train_step:
+            rows[name].update(tflop_per_s=flops * rate / world / 1e12, data_wait=feed.waited() / seconds,
+                              memory_mib=cmaev.peak_memory(device))
+
+    feeds = [("synthetic", cmaev.Feed(repeat(synthetic), device), train_step)]
+    if load:
+        data = load(2 * (warm + timed))
+        feeds += [("data", data, train_step), ("reading", data, lambda batch, lr: None)]
+    for name, *how in feeds:
+        run(name, *how, warm)
+        run(name, *how, timed)
+
+    say(f"{s.encoder}, {s.frames} x {s.size} x {s.size}, batch {s.batch_size}, {dtype or torch.float32}, "
+        f"{'compiled' if s.compile else 'not compiled'}, {world} x {device.type}; a rank's matrix products: "
+        f"{peak:.3g} TFLOP/s")
+    for name, row in rows.items():
+        say("{name:<10}{clips_per_s:9.1f} clips/s {step_ms:9.1f} ms a step".format(name=name, **row)
+            + ("" if name == "reading" else "{tflop_per_s:9.3g} TFLOP/s a rank = {share:.0%} {memory_mib:9.0f} MiB"
+               "   data wait {data_wait:.0%}".format(share=row["tflop_per_s"] / peak, **row)))
+    if load and workers:
+        cores = rows["synthetic"]["clips_per_s"] / rows["reading"]["clips_per_s"] * workers
+        say(f"to read as fast as it trains on synthetic clips, a rank needs {cores:.1f} decoding processes")
+    say(json.dumps(dict(settings=vars(s), device=cmaev.device_name(device), world_size=world, torch=torch.__version__,
+                        matrix_tflop_per_s=peak, **rows)))
 
 
 def picture(model, clips, device, count=3, columns=8):
