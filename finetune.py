@@ -53,8 +53,8 @@ SETTINGS = {
     "segments": ((1, 5, 2), "test clips a video, over time"),
     "crops": ((1, 3, 3), "test crops a clip, over space"),
     # optimisation
-    "epochs": ((10, 75, 50), "passes over the videos"),
-    "warmup-epochs": ((1, 5, 5), "epochs of linear warm-up"),
+    "epochs": ((20, 75, 50), "passes over the videos"),
+    "warmup-epochs": ((2, 5, 5), "epochs of linear warm-up"),
     "batch-size": ((16, 512, 512), "videos a step, over all ranks; the learning-rate rule goes by it, without repeats"),
     "lr": ((1.6e-2, 1e-3, 5e-4), "base learning rate, times batch size / 256"),
     "warmup-lr": (1e-6, "where the warm-up starts, times batch size / 256"),
