@@ -528,6 +528,19 @@ def test_overfits_one_batch(encoder):
     assert losses["contrast"] < 0.2 * first["contrast"] and losses["accuracy"] == 1
 
 
+@pytest.mark.parametrize("encoder", ["vit_tiny", "convvit_tiny"])
+def test_compiles_into_a_few_graphs_once(encoder):
+    model, graphs, counts = cmaev.CMAEV(encoder, frames=4, size=32, patch=8), [], []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for _ in range(3):
+        batch = torch.randn(2, 3, 4, 32, 32), torch.randn(2, 3, 4, 32, 32), cmaev.tube_mask(2, (2, 4, 4), 0.75)
+        losses = compiled(*batch)
+        losses["loss"].backward()
+        counts.append(len(graphs))
+        torch.testing.assert_close(losses["loss"], model(*batch)["loss"])
+    assert counts[0] <= 6 and counts == [counts[0]] * 3
+
+
 def test_reconstruct_pastes_what_is_visible():
     model, (online, _, mask) = tiny()
     original, masked, filled = model.reconstruct(online, mask)
@@ -697,6 +710,38 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     end = run_pretrain(*small, "--lr", 1, "--encoder", "vit_small", "--workers", 0)
     assert f"lr {pretrain.SETTINGS['lr'][0][0]} -> 1.0" in end and "encoder vit_tiny -> vit_small" in end
     assert "workers" not in end
+
+
+def test_benchmark_times_the_step_and_the_reading(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = "--encoder vit_tiny --frames 4 --size 32 --mask-ratio 0.75 --batch-size 4 --benchmark".split()
+    assert run_pretrain("--recipe", "k400", *small) is None  # no videos at hand
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert run_pretrain(*small, "--patch", 8, "--data", demo / "train.txt", "--workers", 1) is None
+    *table, line = capsys.readouterr().out.splitlines()
+    both = json.loads(line)
+    assert "synthetic" in alone and not {"data", "reading"} & alone.keys() and len(table) == 5
+    for name in ("synthetic", "data", "reading"):
+        assert both[name]["step_ms"] * both[name]["clips_per_s"] == pytest.approx(4000)
+    assert both["synthetic"]["data_wait"] < 0.2 and 0 <= both["data"]["data_wait"] < 1
+    model = cmaev.CMAEV("vit_tiny", frames=4, size=32, patch=8)
+    assert both["data"]["tflop_per_s"] == pytest.approx(
+        cmaev.clip_flops(model, 0.75) * both["data"]["clips_per_s"] / 1e12)
+    assert not list(tmp_path.iterdir())  # no run was begun
+
+
+def test_feed_counts_the_waiting():
+    def slow():
+        for i in range(3):
+            time.sleep(0.2)
+            yield {"clip": torch.full((2, 3, 5), i), "mask": torch.zeros(2, 3, 4, dtype=torch.bool)}
+    feed = cmaev.Feed(slow(), torch.device("cpu"))
+    batches = [next(feed), next(feed)]
+    assert [int(batch["clip"].max()) for batch in batches] == [0, 1]
+    assert batches[0]["clip"].shape == (6, 5) and batches[0]["mask"].shape == (6, 4)
+    assert feed.waited() == pytest.approx(0.4, abs=0.1) and feed.waited() == 0
+    with pytest.raises(StopIteration):
+        next(feed), next(feed)
 
 
 @pytest.fixture(scope="module")
