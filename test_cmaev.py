@@ -219,7 +219,7 @@ def test_color_augmentation_is_one_draw_a_clip(demo):
     clips, seeds = frame.expand(20, 4, -1, -1, -1), torch.arange(20)
     colored = cmaev.augment_colors(clips, seeds)
     assert (colored == colored[:, :1]).all()
-    assert (colored[:, 0] != frame).flatten(1).any(dim=1).sum() > 15
+    assert len({clip.numpy().tobytes() for clip in colored}) > 15  # of 20; some draws change nothing
     assert torch.equal(cmaev.augment_colors(clips[5:7], seeds[5:7]), colored[5:7])  # by its seed alone
     first, second = clips_of(demo, repeats=3)[0, 0]["colors"], clips_of(demo, repeats=3)[1, 0]["colors"]
     assert len({*first.tolist(), *second.tolist()}) == 6
