@@ -130,10 +130,11 @@ def main():
         return grad_norm
 
     if s.benchmark:
-        size = s.batch_size // world, s.frames, 3, s.size, s.size
-        synthetic = dict(online=torch.randint(256, (1, *size), dtype=torch.uint8),
-                         target=torch.randint(256, (1, *size), dtype=torch.uint8), colors=torch.arange(size[0])[None],
-                         mask=cmaev.tube_mask(size[0], model.encoder.grid, s.mask_ratio)[None])
+        count = s.batch_size // world
+        pixels = lambda: torch.randint(256, (1, count, s.frames, 3, s.size, s.size), dtype=torch.uint8)
+        synthetic = dict(online=pixels(), mask=cmaev.tube_mask(count, model.encoder.grid, s.mask_ratio)[None])
+        if s.contrast_weight:
+            synthetic.update(target=pixels(), colors=torch.arange(count)[None])
         if device.type == "cuda":
             synthetic = {name: x.pin_memory() for name, x in synthetic.items()}
         return benchmark(s, train_step, synthetic, load if videos else None, flops, dtype, device, world, say)
