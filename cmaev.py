@@ -1225,6 +1225,7 @@ def load_weights(module, state, path, wanted=None):
 # =====================================================================================================================
 
 RECIPES = ("demo", "k400", "ssv2")
+MACHINE = {"workers", "compile", "log_every", "save_every", "picture_every", "results", "benchmark"}  # change no weights
 
 
 def read_settings(table, description):
@@ -1244,13 +1245,25 @@ def read_settings(table, description):
             how = dict(nargs="+", metavar="FILE")
         parser.add_argument(f"--{flag}", help=f"{text} [{default}]".replace("%", "%%"), **how)
     settings = parser.parse_args()
-    for flag, (values, _) in table.items():
-        if getattr(settings, flag.replace("-", "_")) is None:
-            value = values[RECIPES.index(settings.recipe)] if isinstance(values, tuple) else values
-            setattr(settings, flag.replace("-", "_"), value)
+    for name, value in recipe(table, settings.recipe).items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
     if settings.seed < 0:
         raise CMAEVError(f"--seed {settings.seed}: give 0 or a positive number")
     return settings
+
+
+def recipe(table, name):
+    """The settings of one recipe, as {name of the setting: value}."""
+    return {flag.replace("-", "_"): values[RECIPES.index(name)] if isinstance(values, tuple) else values
+            for flag, (values, _) in table.items()}
+
+
+def given(settings, table):
+    """The recipe, and the settings that differ from it, without those of MACHINE -> dict."""
+    return dict(recipe=settings.recipe) | {
+        name: getattr(settings, name) for name, value in recipe(table, settings.recipe).items()
+        if name not in MACHINE and getattr(settings, name) != value}
 
 
 def run_script(main):
@@ -1417,12 +1430,12 @@ def mean_over_ranks(x):
 
 
 @torch.no_grad()
-def over_videos(function, clips, batch, workers, device, rank, world):
+def over_videos(function, clips, batch, workers, device):
     """function(float clips [n, 3, T, H, W]) -> [n, C] on all views of all videos, mean over a video's views -> [M, C].
 
     Rank r takes the videos r, r + world, ...: each video once, whatever the number of ranks, and nothing is padded.
     """
-    loader = DataLoader(clips, batch_size=batch, sampler=[(0, i) for i in range(rank, len(clips), world)],
+    loader = DataLoader(clips, batch_size=batch, sampler=[(0, i) for i in range(this_rank(), len(clips), world_size())],
                         num_workers=workers, pin_memory=device.type == "cuda")
     mine = []
     for sample in loader:
@@ -1430,11 +1443,27 @@ def over_videos(function, clips, batch, workers, device, rank, world):
         results = function(normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1)
         mine += zip(sample["index"][:, 0].tolist(), results.cpu())
     parts = [mine]
-    if world > 1:
-        parts = [None] * world
+    if world_size() > 1:
+        parts = [None] * world_size()
         dist.all_gather_object(parts, mine)
     found = dict(pair for part in parts for pair in part)
     return torch.stack([found[i] for i in range(len(clips))])
+
+
+@torch.no_grad()
+def held_out_reconstruction(model, clips, batch, workers, device):
+    """Mean reconstruction loss (equation 7) over the first epoch of PretrainClips that nothing is trained on."""
+    loader = DataLoader(clips, batch_size=batch, sampler=[(0, i) for i in range(this_rank(), len(clips), world_size())],
+                        num_workers=workers, pin_memory=device.type == "cuda")
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the clips' losses, and how many
+    for sample in loader:
+        clip = normalize(sample["online"].flatten(0, 1).to(device, non_blocking=True))
+        mask = sample["mask"].flatten(0, 1)
+        prediction = model.decoder(model.encoder(clip, mask), mask)
+        loss = reconstruction_loss(prediction, clip, mask, model.encoder.grid)
+        total += torch.stack([loss * len(clip), loss.new_tensor(len(clip))])
+    mean_over_ranks(total)
+    return float(total[0] / total[1])
 
 
 def report(scores, videos, names, folder):
@@ -1529,6 +1558,30 @@ def start_log(path, step):
     lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
     with whole_file(path, "w") as file:
         file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+
+
+def add_line(path, record):
+    """Appends a dict to a file of JSON lines."""
+    with open(path, "a") as file:
+        print(json.dumps(record), file=file)
+
+
+def last_losses(run):
+    """What a run's log says of its last step -> dict."""
+    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
+
+
+def has_result(path, flags):
+    """Whether a file of --results has a line with these flags."""
+    path = Path(path)
+    return path.exists() and any(json.loads(line)["flags"] == flags for line in path.read_text().splitlines())
+
+
+def add_result(path, flags, measured):
+    """Adds what a script measured, and with which flags, to a file of --results, once."""
+    if not has_result(path, flags):
+        add_line(path, dict(flags=flags, **measured, torch=torch.__version__, ranks=world_size()))
 
 
 def peak_memory(device):

@@ -9,7 +9,6 @@
 The same command run again goes on from the last checkpoint. `python finetune.py --help` lists the settings.
 """
 
-import json
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -73,8 +72,9 @@ SETTINGS = {
     "workers": (-1, "decoding processes a rank; -1: one a core beside a GPU, at most 16, and 2 on a CPU; 0: none"),
     "log-every": ((25, 20, 20), "steps a log line"),
     "save-every": ((100, 1000, 1000), "steps a checkpoint"),
+    "results": ("", "file that a test or probe adds a line of JSON to: its flags, its accuracy; done already: left out"),
 }
-FREE = {"workers", "compile", "log_every", "save_every", "eval", "predict", "segments", "crops", "val"}
+FREE = cmaev.MACHINE | {"eval", "predict", "segments", "crops", "val"}
 
 
 def main():
@@ -82,7 +82,10 @@ def main():
     rank, world, device = cmaev.join_ranks()
     chief = rank == 0
     say = print if chief else lambda *_, **__: None
-    run, dtype = Path(s.out), cmaev.amp_dtype(s.amp, device)
+    run, dtype, flags = Path(s.out), cmaev.amp_dtype(s.amp, device), cmaev.given(s, SETTINGS)
+    if s.results and cmaev.has_result(s.results, flags):
+        return say(f"{s.results} has the line of these flags: nothing to do")
+    keep_result = lambda measured: s.results and chief and cmaev.add_result(s.results, flags, measured)
     autocast = lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()
     workers = cmaev.worker_count(s.workers, device)
     geometry = dict(frames=s.frames, size=s.size, tubelet=s.tubelet, patch=s.patch)
@@ -90,7 +93,7 @@ def main():
         videos, s.frames, s.rate, s.size, s.sampling, segments=segments, crops=crops)
     softmax = lambda model: lambda clips: model(clips).float().softmax(dim=1)
     over_videos = lambda function, clips: cmaev.over_videos(
-        function, clips, max(1, s.batch_size // (world * s.segments * s.crops)), workers, device, rank, world)
+        function, clips, max(1, s.batch_size // (world * s.segments * s.crops)), workers, device)
 
     def build(names, init):
         sizes = dict(fusion=False) if s.encoder.startswith("convvit") else {}  # ConvMAE's fine-tuning leaves it out
@@ -105,6 +108,7 @@ def main():
             scores = over_videos(softmax(model), views(videos))
         if chief:
             top1, top5 = cmaev.report(scores, videos, names, run)
+            keep_result(dict(top1=top1, top5=top5, videos=len(videos)))
             print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos)} videos, {s.segments} x {s.crops} views, "
                   f"{len(names)} classes (chance {100 / len(names):.2f} %)")
 
@@ -154,8 +158,10 @@ def main():
             known, unknown = over_videos(pooled, views(videos)), over_videos(pooled, views(tests))
         scores = probes[s.probe](known, torch.tensor([label for _, label in videos]), unknown, len(names))
         right = scores.argmax(dim=1) == torch.tensor([label for _, label in tests])
-        return say(f"{s.probe} probe of {s.init}: top-1 {right.float().mean():.2%} of {len(tests)} videos, "
-                   f"{len(videos)} labels, chance {1 / len(names):.2%}")
+        top1 = 100 * float(right.float().mean())
+        keep_result(dict(top1=top1, labels=len(videos), videos=len(tests)))
+        return say(f"{s.probe} probe of {s.init}: top-1 {top1:.2f} % of {len(tests)} videos, {len(videos)} labels "
+                   f"(chance {100 / len(names):.2f} %)")
 
     # the model
     model = build(names, init)
@@ -181,7 +187,7 @@ def main():
         start = checkpoint["step"]
     if chief:
         cmaev.start_log(run / "log.jsonl", start)
-    if start == steps:
+    if start == steps and not s.results:
         return say(f"{run} is finished, all {steps} steps: --eval tests it; for another run, give another --out")
     say(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of "
         f"{s.batch_size * s.repeats} clips; {world} x {device.type}, "
@@ -224,8 +230,7 @@ def main():
                           clips_per_s=clips_done / seconds, data_wait=feed.waited() / seconds,
                           memory_mib=cmaev.peak_memory(device))
             if chief:
-                with open(run / "log.jsonl", "a") as log:
-                    print(json.dumps(record), file=log)
+                cmaev.add_line(run / "log.jsonl", record)
                 left = timedelta(seconds=round(seconds / (done - logged) * (steps - done)))
                 print("step {step}/{steps}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm:.2f}  "
                       "{clips_per_s:.1f} clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(

@@ -30,6 +30,7 @@ DEMO = "data/demo/train.txt"
 # One value, or one a recipe: demo, K400, SSv2. Where they come from: README, "Settings".
 SETTINGS = {
     "data": ((DEMO, "", ""), "list file (`path label` a line) or folder of class folders"),
+    "val": ("", "held-out videos: list or folder; each checkpoint then logs their reconstruction loss"),
     "out": (("runs/pretrain-demo", "runs/pretrain-k400", "runs/pretrain-ssv2"), "the run's folder"),
     "subset": (0, "only the first N videos of a seeded shuffle; 0: all"),
     # the model
@@ -66,9 +67,10 @@ SETTINGS = {
     "log-every": ((50, 20, 20), "steps a log line"),
     "save-every": ((250, 1000, 1000), "steps a checkpoint"),
     "picture-every": ((250, 5000, 5000), "steps a picture of reconstructions; 0: none"),
+    "results": ("", "file that a finished run adds a line of JSON to: its flags, its last losses"),
     "benchmark": (False, "only time 20 steps on synthetic clips, then on those of --data where it is given"),
 }
-FREE = {"workers", "compile", "log_every", "save_every", "picture_every", "benchmark"}
+FREE = cmaev.MACHINE | {"val"}
 
 
 def main():
@@ -87,6 +89,7 @@ def main():
                                "and at least 2")
     per_step = s.batch_size // s.repeats
     videos = [] if s.benchmark and not s.data else read_videos(s, per_step)
+    held_out = cmaev.read_list(s.val) if s.val else []
     per_epoch = len(videos) // per_step
     steps, warmup = s.epochs * per_epoch, s.warmup_epochs * per_epoch
 
@@ -94,12 +97,15 @@ def main():
     torch.manual_seed(s.seed)
     model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature,
                         frames=s.frames, size=s.size, tubelet=s.tubelet, patch=s.patch)
-    clips = cmaev.PretrainClips(videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size, s.mask_ratio,
-                                s.repeats, s.seed, two_views=bool(s.contrast_weight))
+    views = lambda videos, **how: cmaev.PretrainClips(
+        videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size, s.mask_ratio, **how)
+    clips = views(videos, repeats=s.repeats, seed=s.seed, two_views=bool(s.contrast_weight))
+    held_out = views(held_out, two_views=False)  # the same clips and masks for every seed
     flops = cmaev.clip_flops(model, s.mask_ratio)
     model.to(device)
     optimizer = torch.optim.AdamW(cmaev.decay_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), fused=True)
     dtype = cmaev.amp_dtype(s.amp, device)
+    autocast = lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=device)  # since the last log line, and how many
 
@@ -117,7 +123,7 @@ def main():
             target = cmaev.normalize(target)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        with autocast():
             losses = trained(online, target, batch["mask"])
         scaler.scale(losses["loss"]).backward()
         scaler.unscale_(optimizer)
@@ -149,7 +155,10 @@ def main():
         scaler.load_state_dict(checkpoint["scaler"])
         sums.copy_(checkpoint["sums"])
         start = checkpoint["step"]
+    keep_result = lambda: s.results and chief and cmaev.add_result(
+        s.results, cmaev.given(s, SETTINGS), cmaev.last_losses(run))
     if start == steps:
+        keep_result()
         return say(f"{run} is finished, all {steps} steps: for another run, give another --out")
     if chief:
         cmaev.start_log(run / "log.jsonl", start)
@@ -174,8 +183,7 @@ def main():
                           step_ms=1000 * seconds / (done - logged), data_wait=feed.waited() / seconds,
                           tflop_per_s=flops * clips_done / seconds / 1e12, memory_mib=cmaev.peak_memory(device))
             if chief:
-                with open(run / "log.jsonl", "a") as log:
-                    print(json.dumps(record), file=log)
+                cmaev.add_line(run / "log.jsonl", record)
                 left = timedelta(seconds=round(seconds / (done - logged) * (steps - done)))
                 print("step {step}/{steps}  epoch {epoch:.2f}  loss {loss:.4f} = {reconstruction:.4f} + {weight} x "
                       "{contrast:.4f}  accuracy {accuracy:.0%}  lr {lr:.1e}  grad {grad_norm:.2f}  {clips_per_s:.1f} "
@@ -189,6 +197,13 @@ def main():
         if chief and s.picture_every and (done % s.picture_every == 0 or last):
             write_png(picture(model, clips, device), str(run / f"reconstruction-{done:06d}.png"))
         if done % s.save_every == 0 or last:
+            if s.val:
+                with autocast():
+                    loss = cmaev.held_out_reconstruction(
+                        model, held_out, s.batch_size // world, cmaev.worker_count(s.workers, device), device)
+                say(f"step {done}/{steps}  reconstruction of {len(held_out)} held-out videos {loss:.4f}", flush=True)
+                if chief:
+                    cmaev.add_line(run / "log.jsonl", dict(step=done, held_out_reconstruction=loss))
             cmaev.mean_over_ranks(sums)
             if chief:
                 cmaev.save_encoder(model.encoder, run / "encoder.pt")
@@ -196,6 +211,7 @@ def main():
                     torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
                                     scaler=scaler.state_dict(), sums=sums), file)
 
+    keep_result()
     say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures")
 
 

@@ -612,6 +612,32 @@ def test_killed_and_resumed_run_is_bit_equal(demo, undisturbed):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+def test_held_out_reconstruction_and_results(demo, undisturbed, capsys):
+    """Over seven videos in batches of four, against the loss of each video alone."""
+    folder = demo.parent
+    seven = folder / "seven.txt"
+    videos = cmaev.read_list(demo / "val.txt")[:7]
+    seven.write_text("".join(f"{path}\n" for path, _ in videos))
+    command = [*SHORT, "--data", demo / "train.txt", "--out", folder / "measured", "--results", folder / "results.jsonl",
+               "--val", seven, "--epochs", 1, "--warmup-epochs", 0, "--save-every", 2, "--contrast-weight", 0]
+    for _ in range(2):  # the second time it only finds that all is done
+        assert run_pretrain(*command, "--workers", 1) is None
+    assert "is finished" in capsys.readouterr().out
+    log = [json.loads(line) for line in (folder / "measured" / "log.jsonl").open()]
+    assert [line["step"] for line in log if "held_out_reconstruction" in line] == [2, 4, 5]
+    results = [json.loads(line) for line in (folder / "results.jsonl").open()]
+    assert len(results) == 1 and results[0]["flags"]["contrast_weight"] == 0 and "workers" not in results[0]["flags"]
+    assert (results[0]["step"], results[0]["reconstruction"]) == (5, log[-2]["reconstruction"])
+
+    model = cmaev.CMAEV("vit_tiny", contrast_weight=0, frames=4, size=32, patch=8)
+    model.load_state_dict(torch.load(folder / "measured" / "checkpoint.pt", weights_only=True)["model"])
+    clips, losses = cmaev.PretrainClips(videos, model.encoder.grid, frames=4, size=32, max_shift=4, mask_ratio=0.75), []
+    for i in range(7):
+        clip, mask = cmaev.normalize(clips[0, i]["online"]), clips[0, i]["mask"]
+        losses.append(model(clip, None, mask)["loss"].item())
+    assert results[0]["held_out_reconstruction"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
 def part_of(batch, rank, world):
     n = len(batch[0])
     return [x[rank * n // world:(rank + 1) * n // world] for x in batch]
@@ -1143,9 +1169,15 @@ def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys):
     assert run_finetune(*ask, "--predict", file) is None
     answer = capsys.readouterr().out
     assert answer.startswith(file) and rows[4].split(",")[2] in answer and answer.count("%") == 5
-    for probe in ("linear", "knn"):
-        assert run_finetune(*ask, "--probe", probe, "--init", undisturbed) is None
-        assert f"{probe} probe" in capsys.readouterr().out
+    results = tuned.parent / "accuracies.jsonl"
+    for probe in ("linear", "knn", "linear"):  # the third is there already
+        assert run_finetune(*ask, "--probe", probe, "--init", undisturbed, "--results", results) is None
+        printed, lines = capsys.readouterr().out, [json.loads(line) for line in results.open()]
+        assert f"{probe} probe of {undisturbed}: top-1 {lines[-1]['top1']:.2f} %" in printed or len(lines) == 2
+    assert "nothing to do" in printed and [line["flags"]["probe"] for line in lines] == ["linear", "knn"]
+    right = [row.split(",")[1] == row.split(",")[2] for row in rows[1:]]
+    assert run_finetune(*ask, "--init", undisturbed, "--results", results) is None  # finished, but not in the file yet
+    assert json.loads(results.read_text().splitlines()[-1])["top1"] == pytest.approx(100 * np.mean(right))
     assert run_finetune(*ask, "--init", undisturbed) is None
     assert "is finished" in capsys.readouterr().out
 
