@@ -1629,13 +1629,15 @@ DEMO_CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", 
 DEMO_FRAMES, DEMO_SIDE = 48, 80
 
 
-def make_demo(folder, train=400, val=200, seed=0):
+def make_demo(folder, train=400, val=200, seed=0, looks=None):
     """Writes folder/{train,val}/class/*.mp4 (H.264, 48 frames of 80 x 80) and the lists train.txt and val.txt.
 
     A soft light moves over a darker, slowly drifting background. The class is the motion alone: colours, textures,
     shape, size, place, speed and drift are drawn alike for all classes, so that no single frame tells the class, as in
     Something-Something. The light is wide, so that one visible tube in ten tells something of its path.
-    Video i of a split is a pure function of (seed, split, i).
+    With `looks`, the videos share that many pairs of background and light: then its look hardly tells a video from
+    the others, and InfoNCE has to go by the motion. Without, each has its own: harder for the contrastive branch.
+    Video i of a split is a pure function of (seed, split, i, looks).
     """
     folder, partial = Path(folder), Path(f"{folder}.partial")
     for split, (name, count) in enumerate((("train", train), ("val", val))):
@@ -1644,7 +1646,7 @@ def make_demo(folder, train=400, val=200, seed=0):
             label = i % len(DEMO_CLASSES)
             file = f"{name}/{DEMO_CLASSES[label]}/{i:05d}.mp4"
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            write_video(partial / file, demo_video(label, np.random.default_rng((seed, split, i))))
+            write_video(partial / file, demo_video(label, np.random.default_rng((seed, split, i)), looks))
             lines.append(f"{file} {label}\n")
         (partial / f"{name}.txt").write_text("".join(lines))
     os.replace(partial, folder)
@@ -1666,10 +1668,11 @@ def write_video(path, frames, rate=24):
         container.mux(stream.encode(None))
 
 
-def demo_video(label, rng):
+def demo_video(label, rng, looks=None):
     """The frames of one demo video, uint8 [H, W, 3] each."""
     motion = DEMO_CLASSES[label]
-    background, light = demo_texture(rng, (100, 220), (0.1, 0.3)), demo_texture(rng, (12, 36), (0.65, 0.9))
+    look = np.random.default_rng(rng.integers(looks)) if looks else rng
+    background, light = demo_texture(look, (100, 220), (0.1, 0.3)), demo_texture(look, (12, 36), (0.65, 0.9))
     middle, drift = DEMO_SIDE / 2 + rng.uniform(-10, 10, 2), rng.normal(0, 0.1, 2)
     angle, size, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(14, 22), rng.uniform(1, 1.3)
     speed, growth, reach, radius = (rng.uniform(*span) for span in ((0.6, 1.2), (0.02, 0.035), (10, 16), (9, 15)))
