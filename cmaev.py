@@ -23,11 +23,14 @@ import argparse
 import contextlib
 import csv
 import functools
+import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +61,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in Vi
 VIDEO_SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
+# What a video that a stranger made may ask for: more makes it a bad one
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,gif,mxf,nut,dv"  # no playlists
+LOCAL = dict(protocol_whitelist="file", format_whitelist=CONTAINERS)  # no network, no other file
+MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
+MAX_BYTES = 2**32  # of the frames of one sample, before they are cropped
+MAX_SECONDS = 60  # for one file
+
 
 class CMAEVError(ValueError):
     """Something that the user can put right. Its message is one line: what was wrong, where, and what to do."""
@@ -73,11 +83,11 @@ class Video:
 
     `path` is a file in any format that FFmpeg reads, or a folder of JPEG or PNG frames in natural order
     (img_2 before img_10). A file's packets are read once, without decoding: their timestamps, sorted, are the frames.
-    Raises CMAEVError for what cannot be opened or has no frames.
+    Raises CMAEVError for what cannot be opened, has no frames, or exceeds the limits above.
     """
 
     def __init__(self, path):
-        self.path = str(path)
+        self.path, self.deadline = str(path), time.monotonic() + MAX_SECONDS
         if os.path.isdir(path):
             names = [name for name in os.listdir(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
             numbers_as_numbers = lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
@@ -85,11 +95,9 @@ class Video:
             self.length = len(self.images)
         else:
             self.images = None
-            try:
+            with self._named("opened as a video"):
                 self._open()
                 self._index()
-            except (av.error.FFmpegError, OSError) as error:
-                raise CMAEVError(f"{path}: cannot be opened as a video: {one_line(error)}") from None
         if self.length == 0:
             raise CMAEVError(f"{path}: no frames in it: give a video file, or a folder of .jpg or .png frames")
 
@@ -109,22 +117,52 @@ class Video:
         wanted = sorted({int(i) for i in indices})
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.length:
             raise CMAEVError(f"{self.path}: has frames 0 to {self.length - 1}, asked for {wanted or 'none'}")
+        self.deadline, found = time.monotonic() + MAX_SECONDS, {}
         decode = self._read_images if self.images else self._read_file
+        with self._named("decoded"):
+            for i, frame in decode(wanted):
+                found[i] = frame
+                if frame.shape != found[wanted[0]].shape:
+                    raise CMAEVError(f"{self.path}: frame {i} has another size than frame {wanted[0]}: take it off the list")
+                if len(found) * frame.numel() > MAX_BYTES:
+                    raise CMAEVError(f"{self.path}: {len(wanted)} frames of {frame.shape[1]}x{frame.shape[0]} pixels "
+                                     "are too large: scale the video down")
+        return found
+
+    @contextlib.contextmanager
+    def _named(self, what):
+        """Whatever a library raises inside the block comes out as CMAEVError, with the path."""
         try:
-            return dict(decode(wanted))
-        except (av.error.FFmpegError, OSError, RuntimeError) as error:
-            raise CMAEVError(f"{self.path}: cannot be decoded: {one_line(error)}") from None
+            yield
+        except CMAEVError:
+            raise
+        except (av.error.FFmpegError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            raise CMAEVError(f"{self.path}: cannot be {what}: {one_line(error)}") from None
 
     def _read_images(self, wanted):
         for i in wanted:
-            yield i, decode_image(self.images[i], ImageReadMode.RGB).permute(1, 2, 0)
+            data = torch.from_numpy(np.fromfile(self.images[i], np.uint8))
+            self._check_size(*image_size(data.numpy().tobytes()))
+            yield i, decode_image(data, ImageReadMode.RGB).permute(1, 2, 0)
 
     def _open(self):
-        self.container = av.open(self.path)
+        self.container = av.open(f"file:{self.path}", container_options=LOCAL, timeout=MAX_SECONDS)
         if not self.container.streams.video:
             raise CMAEVError(f"{self.path}: has no video stream: take it off the list")
         self.stream = self.container.streams.video[0]
+        self._check_size(self.stream.codec_context.width, self.stream.codec_context.height)
+        self.stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # should a later header say otherwise
         self.stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+
+    def _check_size(self, width, height):
+        if width * height > MAX_PIXELS:
+            raise CMAEVError(f"{self.path}: says that its frames have {width}x{height} pixels: take it off the list")
+
+    def _packets(self):
+        for packet in self.container.demux(self.stream):
+            if time.monotonic() > self.deadline:
+                raise CMAEVError(f"{self.path}: takes more than {MAX_SECONDS} s to read: take it off the list")
+            yield packet
 
     def _index(self):
         """Sorted timestamps of the shown frames and of the key frames, from the packets alone.
@@ -133,13 +171,13 @@ class Video:
         only the times of decoding (AVI: they never go back, although the codec reorders frames). Such frames are
         counted by decoding, and `pts` is None.
         """
-        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self.container.demux(self.stream) if p.size]
+        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self._packets() if p.size]
         shown = [pts for pts, _, discard in packets if not discard]
         if None in shown or len(set(shown)) < len(shown) or (
                 self.stream.codec_context.has_b_frames and shown == sorted(shown)):
             self.pts = None
             self._open()
-            self.length = sum(1 for _ in self.container.decode(self.stream))
+            self.length = sum(len(packet.decode()) for packet in self._packets())
         else:
             self.pts = sorted(shown)
             self.position = {pts: i for i, pts in enumerate(self.pts)}
@@ -170,7 +208,7 @@ class Video:
             self._open()
         else:
             self.container.seek(key, stream=self.stream)
-        for packet in self.container.demux(self.stream):
+        for packet in self._packets():
             self.stream.codec_context.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
             for frame in packet.decode():
                 yield self.position.get(frame.pts, -1), frame
@@ -178,7 +216,8 @@ class Video:
     def _decode_all(self):
         """Numbers and frames of the whole file."""
         self._open()
-        for count, frame in enumerate(self.container.decode(self.stream)):
+        frames = (frame for packet in self._packets() for frame in packet.decode())
+        for count, frame in enumerate(frames):
             yield count if self.pts is None else self.position.get(frame.pts, -1), frame
 
     def _key_before(self, i):
@@ -194,6 +233,18 @@ def upright(frame):
     """A decoded av.VideoFrame -> uint8 RGB tensor [H, W, 3], turned by the rotation that the file asks for."""
     image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1))
     return image.rot90(round(frame.rotation / 90))
+
+
+def image_size(data):
+    """Width and height that the header of a PNG or JPEG file's bytes gives; 0, 0 where there is none."""
+    if data.startswith(b"\x89PNG"):
+        return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    at = 2
+    while data.startswith(b"\xff\xd8") and at + 9 <= len(data):  # JPEG: from segment to segment
+        if data[at + 1] in range(0xC0, 0xD0) and data[at + 1] not in (0xC4, 0xC8, 0xCC):  # a frame's header
+            return int.from_bytes(data[at + 7:at + 9]), int.from_bytes(data[at + 5:at + 7])
+        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2:at + 4])
+    return 0, 0
 
 
 def one_line(error):
@@ -219,6 +270,17 @@ def read_list(path):
     if not videos:
         raise CMAEVError(f"{path}: no videos in it: give one `path label` a line, or class folders of video files")
     return videos
+
+
+def check_readable(videos):
+    """Raises CMAEVError where not one of the first ten videos can be opened: the list is of something else."""
+    errors = []
+    for path, _ in videos[:10]:
+        try:
+            return Video(path)
+        except CMAEVError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def read_labelled(path, flag, classes=None):
@@ -345,6 +407,24 @@ def augment_colors(clips, seeds):
     return torch.stack(augmented)
 
 
+def replaced_if_bad(sample, videos, seed, key):
+    """sample(index, *key) for key (epoch, index), or, while that video is bad, of another one: a pure function of the
+    seed and the key all the same -> the sample, with "bad", JSON of [[path, reason], ...].
+
+    Raises CMAEVError when ten videos in a row are bad: then it is not the videos.
+    """
+    (epoch, index), bad = key, []
+    while len(bad) < 10:
+        try:
+            return sample(index, *key) | {"bad": json.dumps(bad)}
+        except CMAEVError as error:
+            bad.append([videos[index][0], one_line(error)])
+        key = (*key[:2], len(bad))
+        with seeded(seed, *key) as generator:
+            index = int(torch.randint(len(videos), (), generator=generator))
+    raise CMAEVError(f"ten videos in a row cannot be read, the last one: {bad[-1][1]}")
+
+
 class PretrainClips(Dataset):
     """The two views of each video and their tube mask: a sample is a pure function of (seed, epoch, index).
 
@@ -354,6 +434,7 @@ class PretrainClips(Dataset):
         target  uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
         colors  int64 [R]               seeds of the target's colour augmentation (augment_colors)
         mask    bool [R, N]             True = masked
+        bad     str                     bad videos that this sample takes the place of (replaced_if_bad)
     """
 
     def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
@@ -365,9 +446,11 @@ class PretrainClips(Dataset):
         return len(self.videos)
 
     def __getitem__(self, key):
-        epoch, index = key
+        return replaced_if_bad(self.sample, self.videos, self.seed, key)
+
+    def sample(self, index, *key):
         video = Video(self.videos[index][0])
-        with seeded(self.seed, epoch, index) as generator:
+        with seeded(self.seed, *key) as generator:
             shifted = lambda: temporal_shift_indices(len(video), self.frames, self.rate, self.max_shift, generator)
             indices = torch.stack([torch.stack(shifted()) for _ in range(self.repeats)])  # [R, 2, T]
             if not self.two_views:
@@ -425,6 +508,8 @@ class LabelledClips(Dataset):
         clip   uint8 [V, T, 3, S, S]
         label  int64 [V]
         index  int64 [V]
+        bad    str        bad videos that this sample takes the place of (replaced_if_bad)
+    In testing no video takes another's place: a bad one's clips are black.
     """
 
     def __init__(self, videos, frames, rate, size, sampling, augment=None, repeats=1, segments=1, crops=1, seed=0):
@@ -437,16 +522,28 @@ class LabelledClips(Dataset):
         return len(self.videos)
 
     def __getitem__(self, key):
-        epoch, index = key
+        if self.augment:
+            return replaced_if_bad(self.sample, self.videos, self.seed, key)
+        try:
+            return self.sample(key[1], *key) | {"bad": "[]"}
+        except CMAEVError as error:
+            (path, label), views = self.videos[key[1]], self.segments * self.crops
+            black = torch.zeros(views, self.frames, 3, self.size, self.size, dtype=torch.uint8)
+            return self.labelled(black, label, key[1]) | {"bad": json.dumps([[path, one_line(error)]])}
+
+    def sample(self, index, *key):
         path, label = self.videos[index]
         video = Video(path)
-        with seeded(self.seed, epoch, index):
+        with seeded(self.seed, *key):
             places = self.random_places() if self.augment else self.even_places()
             indices = torch.stack([self.indices(len(video), place) for place in places])
             clips = video.read(indices.flatten()).unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
             to_views = (lambda clip: [self.augment(clip)]) if self.augment else self.test_crops
             clips = [view for clip in clips for view in to_views(clip)]
-        return {"clip": torch.stack(clips), "label": torch.full((len(clips),), -1 if label is None else label),
+        return self.labelled(torch.stack(clips), label, index)
+
+    def labelled(self, clips, label, index):
+        return {"clip": clips, "label": torch.full((len(clips),), -1 if label is None else label),
                 "index": torch.full((len(clips),), index)}
 
     def indices(self, num_frames, place):
@@ -1270,11 +1367,15 @@ def run_script(main):
     """Runs a script's main(): what the user can put right ends in one line, and Ctrl-C in none."""
     try:
         main()
-    except CMAEVError as error:
+    except (CMAEVError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        if workers := multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with torch's, each would be an error
+            for worker in workers:
+                worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1288,8 +1389,43 @@ def join_ranks():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
+
+
+SAVED_AND_STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again"
+
+
+def notice_sigterm():
+    """From now on SIGTERM (from SLURM, torchrun, kill) does not end the process -> a function that says, on all ranks
+    at the same call of it, whether any rank has had one."""
+    had = []
+    signal.signal(signal.SIGTERM, lambda *_: had.append(True))
+    return lambda: bool(any_rank(torch.tensor(float(len(had)))))
+
+
+def any_rank(x):
+    """The largest value over the ranks, in place: of a tensor on the CPU without waiting for the device."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def only_when_told(worker):
+    """A decoding process leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to all, to its trainer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def loader(clips, workers, device, **batches):
+    """torch's DataLoader as all loops here use it."""
+    return DataLoader(clips, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=only_when_told,
+                      **batches)
+
+
+def share_of_rank(clips):
+    """Sampler for one pass: every clip once, whatever the number of ranks, and nothing is padded."""
+    return [(0, i) for i in range(this_rank(), len(clips), world_size())]
 
 
 @contextlib.contextmanager
@@ -1383,19 +1519,96 @@ class Batches:
                     yield [(epoch, index) for index in order[i * self.batch:(i + 1) * self.batch][self.part]]
 
 
+def bad_of(batch):
+    """Takes "bad" out of a batch -> its [path, reason] pairs."""
+    return [pair for bad in batch.pop("bad", ()) for pair in json.loads(bad)]
+
+
+class Guard:
+    """The optimiser's step, left out on all ranks where the loss or a gradient of any is not finite.
+
+    Nothing waits for the device: outside fp16 a gradient scaler of scale 1 leaves the step out there. The steps that
+    fp16's own scaler leaves out while it looks for its scale are no faults.
+    """
+
+    def __init__(self, optimizer, dtype, device):
+        self.optimizer, self.fp16 = optimizer, dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self.fp16 else 1.0)
+        self.counts = torch.zeros(3, device=device)  # steps left out, in a row now, in the longest row
+
+    def step(self, loss, parameters, max_norm):
+        """Backward pass and step -> gradient norm, and whether it was a step: bool scalar on the device."""
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+        fine = loss.detach().isfinite() & (grad_norm.isfinite() | self.fp16)
+        bad = any_rank((~fine).float())
+        self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.fp16 else 1.0)
+        self.optimizer.zero_grad()
+        count, row, longest = self.counts.unbind()
+        row = (row + bad) * bad
+        self.counts = torch.stack([count + bad, row, torch.maximum(longest, row)])
+        return grad_norm, bad == 0
+
+    def check(self, run, limit=5):
+        """The number of steps left out so far. Raises CMAEVError where `limit` were in a row; waits for the device."""
+        count, _, longest = self.counts.int().tolist()
+        if longest >= limit:
+            raise CMAEVError(f"{longest} steps in a row had a loss or a gradient that is not finite, and were left out: "
+                             f"{run}/checkpoint.pt is of before; lower --lr, or give --amp none")
+        return count
+
+    def state_dict(self):
+        return dict(scaler=self.scaler.state_dict(), counts=self.counts)
+
+    def load_state_dict(self, state):
+        self.scaler.load_state_dict(state["scaler"])
+        self.counts.copy_(state["counts"])
+
+
+class BadVideos:
+    """Of a run: how many clips took the place of a bad video's, and each bad video once, with the reason, in the log.
+
+    `limit` is the largest share of bad clips, of those read so far or of one epoch, whichever is more.
+    """
+
+    def __init__(self, run, limit, per_epoch, count=0):
+        self.log, self.limit, self.per_epoch, self.count = Path(run) / "log.jsonl", limit, per_epoch, count
+        self.named = set()
+        if this_rank() == 0:
+            self.named = {line["bad_video"] for line in read_log(run) if "bad_video" in line}
+
+    def note(self, found, step, clips):
+        """What Feed found since the last call, on all ranks. Raises CMAEVError where there are too many."""
+        for path, reason in sorted(gathered(found)):
+            self.count += 1
+            if path not in self.named and this_rank() == 0:
+                print(f"bad video, another takes its place: {reason}", flush=True)
+                add_line(self.log, dict(step=step, bad_video=path, reason=reason))
+            self.named.add(path)
+        found.clear()
+        if self.count > self.limit * max(clips, self.per_epoch):
+            raise CMAEVError(f"{self.count} of {clips} clips were of bad videos ({len(self.named)}, named in {self.log}): "
+                             "take them off the list, or give a larger --bad-share")
+
+
 class Feed:
     """A loader's batches on the device, the clips of all videos in one dimension. Masks and seeds stay on the CPU.
 
-    On CUDA the copies run from pinned memory on a stream of their own, beside the step before.
+    On CUDA the copies run from pinned memory on a stream of their own, beside the step before. `bad` gathers the bad
+    videos that the samples speak of.
     """
 
     def __init__(self, loader, device):
-        self.batches, self.device, self.waits = iter(loader), device, []
+        self.batches, self.device, self.waits, self.bad = iter(loader), device, [], []
         self.copies = torch.cuda.Stream() if device.type == "cuda" else None
 
     def __next__(self):
         began = self.mark()
-        batch = {name: x.flatten(0, 1) for name, x in next(self.batches).items()}
+        batch = dict(next(self.batches))
+        self.bad += bad_of(batch)
+        batch = {name: x.flatten(0, 1) for name, x in batch.items()}
         if self.copies:
             with torch.cuda.stream(self.copies):
                 batch = {name: x if name in ("mask", "colors") else x.to(self.device, non_blocking=True)
@@ -1429,36 +1642,45 @@ def mean_over_ranks(x):
     return x
 
 
-@torch.no_grad()
-def over_videos(function, clips, batch, workers, device):
-    """function(float clips [n, 3, T, H, W]) -> [n, C] on all views of all videos, mean over a video's views -> [M, C].
-
-    Rank r takes the videos r, r + world, ...: each video once, whatever the number of ranks, and nothing is padded.
-    """
-    loader = DataLoader(clips, batch_size=batch, sampler=[(0, i) for i in range(this_rank(), len(clips), world_size())],
-                        num_workers=workers, pin_memory=device.type == "cuda")
-    mine = []
-    for sample in loader:
-        views = sample["clip"].to(device, non_blocking=True)
-        results = function(normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1)
-        mine += zip(sample["index"][:, 0].tolist(), results.cpu())
+def gathered(mine):
+    """The lists of all ranks, one after the other."""
     parts = [mine]
     if world_size() > 1:
         parts = [None] * world_size()
         dist.all_gather_object(parts, mine)
-    found = dict(pair for part in parts for pair in part)
-    return torch.stack([found[i] for i in range(len(clips))])
+    return [item for part in parts for item in part]
+
+
+@torch.no_grad()
+def over_videos(function, clips, batch, workers, device):
+    """function(float clips [n, 3, T, H, W]) -> [n, C] on all views of all videos, mean over a video's views -> [M, C].
+
+    Rank r takes the videos r, r + world, ...: each video once. A video that cannot be read is named, and its row NaN.
+    """
+    mine, bad = [], []
+    for sample in loader(clips, workers, device, batch_size=batch, sampler=share_of_rank(clips)):
+        bad += bad_of(sample)
+        views = sample["clip"].to(device, non_blocking=True)
+        results = function(normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1)
+        mine += zip(sample["index"][:, 0].tolist(), results.cpu())
+    results, bad = torch.stack([row for _, row in sorted(gathered(mine), key=lambda pair: pair[0])]), dict(gathered(bad))
+    for i, (path, _) in enumerate(clips.videos):
+        if path in bad:
+            results[i] = math.nan
+            if this_rank() == 0:
+                print(f"bad video: {bad[path]}")
+    return results
 
 
 @torch.no_grad()
 def held_out_reconstruction(model, clips, batch, workers, device):
     """Mean reconstruction loss (equation 7) over the first epoch of PretrainClips that nothing is trained on."""
-    loader = DataLoader(clips, batch_size=batch, sampler=[(0, i) for i in range(this_rank(), len(clips), world_size())],
-                        num_workers=workers, pin_memory=device.type == "cuda")
     total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the clips' losses, and how many
-    for sample in loader:
+    for sample in loader(clips, workers, device, batch_size=batch, sampler=share_of_rank(clips)):
         clip = normalize(sample["online"].flatten(0, 1).to(device, non_blocking=True))
         mask = sample["mask"].flatten(0, 1)
+        for _, reason in bad_of(sample):
+            print(f"bad held-out video, another takes its place: {reason}", flush=True)
         prediction = model.decoder(model.encoder(clip, mask), mask)
         loss = reconstruction_loss(prediction, clip, mask, model.encoder.grid)
         total += torch.stack([loss * len(clip), loss.new_tensor(len(clip))])
@@ -1467,21 +1689,23 @@ def held_out_reconstruction(model, clips, batch, workers, device):
 
 
 def report(scores, videos, names, folder):
-    """Scores [M, classes] of labelled videos -> top-1 and top-5 in per cent. Writes to the folder:
+    """Scores [M, classes] of labelled videos -> top-1 and top-5 in per cent of all of them; a row of NaN, a video that
+    could not be read, counts as wrong. Writes to the folder:
 
     predictions.csv (path, label, the five best classes with their probabilities), per-class.json (accuracy of each
     class in per cent), confusion.png (a row a true class, a column a predicted one, white = all of the row).
     """
-    labels = torch.tensor([label for _, label in videos])
+    labels, read = torch.tensor([label for _, label in videos]), ~scores.isnan().any(dim=1)
     best = scores.topk(min(5, scores.shape[1]), dim=1)
-    hits = best.indices == labels[:, None]
+    hits = (best.indices == labels[:, None]) & read[:, None]
     with whole_file(f"{folder}/predictions.csv", "w") as file:
         rows = csv.writer(file)
         rows.writerow(["path", "label", *(f"{what}{i + 1}" for i in range(hits.shape[1]) for what in ("class", "p"))])
         for (path, label), numbers, values in zip(videos, best.indices.tolist(), best.values.tolist()):
-            rows.writerow([path, names[label], *(v for n, p in zip(numbers, values) for v in (names[n], f"{p:.4f}"))])
-    confusion = torch.zeros(len(names), len(names)).index_put_((labels, best.indices[:, 0]), torch.ones(()), True)
-    confusion = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+            rows.writerow([path, names[label], *(v for n, p in zip(numbers, values) for v in (
+                ("unreadable", "") if math.isnan(p) else (names[n], f"{p:.4f}")))])
+    confusion = torch.zeros(len(names), len(names)).index_put_((labels, best.indices[:, 0]), read.float(), True)
+    confusion = confusion / labels.bincount(minlength=len(names))[:, None].clamp(min=1)
     with whole_file(f"{folder}/per-class.json", "w") as file:
         json.dump({name: round(100 * float(confusion[i, i]), 2) for i, name in enumerate(names)}, file, indent=1)
     pixels = -(-400 // len(names))
@@ -1493,11 +1717,15 @@ def report(scores, videos, names, folder):
 @contextlib.contextmanager
 def whole_file(path, mode):
     """A file to write that is there whole or not at all: it has another name until it is closed."""
-    with open(f"{path}.partial", mode) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.partial", path)
+    try:
+        with open(f"{path}.partial", mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.partial", path)
+    except BaseException:
+        Path(f"{path}.partial").unlink(missing_ok=True)
+        raise
 
 
 def git_commit():
@@ -1515,28 +1743,33 @@ def device_name(device):
     return torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
 
 
-def open_run(folder, settings, free, device):
+def open_run(folder, settings, free, device, videos):
     """Starts a run's folder, or checks that it is this run's -> its last checkpoint, or None.
 
-    settings.json keeps the settings, the commit and the versions. Settings in `free` change no weights and may differ.
-    Raises CMAEVError, naming them, where others do.
+    settings.json keeps the settings, the videos' number and hash, the commit and the versions. Settings in `free` change
+    no weights and may differ. Raises CMAEVError, naming them, where others do, or where the videos are not the same.
     """
     folder, settings = Path(folder), vars(settings)
     record, checkpoint = folder / "settings.json", folder / "checkpoint.pt"
+    listed = [len(videos), hashlib.sha256(json.dumps(videos).encode()).hexdigest()[:16]]
     if record.exists():
-        old = json.loads(record.read_text())["settings"]
+        about = json.loads(record.read_text())
+        old = about["settings"]
         other = [f"{name} {old.get(name)} -> {value}" for name, value in settings.items()
                  if name not in free and old.get(name) != value]
         if other:
             raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(other)}): "
                              "give the old ones to go on, or another --out")
+        if about["videos"] != listed:
+            raise CMAEVError(f"{settings['data']} has changed since {folder} began ({about['videos'][0]} videos then, "
+                             f"{listed[0]} now): restore it, or give another --out")
     versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
     if this_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CMAEVError(f"--out {folder} cannot be made ({error.strerror}): give another folder") from None
-        about = dict(settings=settings, commit=git_commit(), device=device_name(device), world_size=world_size(),
+        about = dict(settings=settings, videos=listed, commit=git_commit(), device=device_name(device), world_size=world_size(),
                      python=platform.python_version(), **versions)
         with whole_file(record, "w") as file:
             json.dump(about, file, indent=1)
@@ -1566,9 +1799,14 @@ def add_line(path, record):
         print(json.dumps(record), file=file)
 
 
+def read_log(run):
+    """The lines of a run's log -> list of dicts."""
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
 def last_losses(run):
     """What a run's log says of its last step -> dict."""
-    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    lines = read_log(run)
     return {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
 
 

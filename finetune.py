@@ -9,6 +9,7 @@
 The same command run again goes on from the last checkpoint. `python finetune.py --help` lists the settings.
 """
 
+import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -17,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import cmaev
 
@@ -42,6 +42,7 @@ SETTINGS = {
     # the clips
     "sampling": (("dense", "dense", "uniform"), "dense: every rate-th frame; uniform: one frame from each segment"),
     "rate": ((4, 4, 2), "sampling rate r of dense sampling"),
+    "bad-share": (0.05, "largest share of clips whose video cannot be read; another video takes its place"),
     "repeats": ((1, 2, 2), "clips out of each opened video: a step has batch-size times so many clips"),
     "smallest-crop": ((0.5, 0.08, 0.08), "smallest area of a random crop, as a share of the frame"),
     "flip": ((False, True, False), "horizontal flips; SSv2 has left and right as labels"),
@@ -74,7 +75,7 @@ SETTINGS = {
     "save-every": ((100, 1000, 1000), "steps a checkpoint"),
     "results": ("", "file that a test or probe adds a line of JSON to: its flags, its accuracy; done already: left out"),
 }
-FREE = cmaev.MACHINE | {"eval", "predict", "segments", "crops", "val"}
+FREE = cmaev.MACHINE | {"bad_share", "eval", "predict", "segments", "crops", "val"}
 
 
 def main():
@@ -126,8 +127,12 @@ def main():
         with autocast():
             scores = over_videos(softmax(model), views([(file, None) for file in s.predict]))
         for file, probabilities in zip(s.predict, scores):
+            if probabilities.isnan().any():
+                continue
             best = probabilities.topk(min(5, len(names)))
             say(f"{file}: " + ", ".join(f"{names[i]} {p:.1%}" for p, i in zip(best.values, best.indices)))
+        if scores.isnan().any():
+            raise cmaev.CMAEVError("not all of these files could be read")
         return
 
     # the videos
@@ -140,7 +145,8 @@ def main():
     if s.batch_size % world or len(videos) < s.batch_size:
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: needs a multiple of {world} ranks, and no more than the "
                                f"{len(videos)} videos of {s.data}")
-    cmaev.Video(videos[0][0])  # a list of what is no video fails here, not in a worker
+    cmaev.check_readable(videos)
+    cmaev.check_readable(tests)
     init = None if s.init == "none" else s.init
     torch.manual_seed(s.seed)
 
@@ -156,9 +162,10 @@ def main():
         pooled = lambda clips: cmaev.features(encoder, clips)[1]
         with autocast():
             known, unknown = over_videos(pooled, views(videos)), over_videos(pooled, views(tests))
-        scores = probes[s.probe](known, torch.tensor([label for _, label in videos]), unknown, len(names))
+        labels, read = torch.tensor([label for _, label in videos]), ~known.isnan().any(dim=1)
+        scores = probes[s.probe](known[read], labels[read], unknown.nan_to_num(), len(names))
         right = scores.argmax(dim=1) == torch.tensor([label for _, label in tests])
-        top1 = 100 * float(right.float().mean())
+        top1 = 100 * float((right & ~unknown.isnan().any(dim=1)).float().mean())
         keep_result(dict(top1=top1, labels=len(videos), videos=len(tests)))
         return say(f"{s.probe} probe of {s.init}: top-1 {top1:.2f} % of {len(tests)} videos, {len(videos)} labels "
                    f"(chance {100 / len(names):.2f} %)")
@@ -167,7 +174,7 @@ def main():
     model = build(names, init)
     groups = cmaev.layer_groups(model, s.weight_decay, s.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    guard = cmaev.Guard(optimizer, dtype, device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # the loss since the last log line, and how many
     augment = cmaev.training_augmentation(s.size, s.smallest_crop, s.flip, s.rand_augment, s.erasing)
     clips = cmaev.LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, augment, s.repeats, seed=s.seed)
@@ -178,15 +185,16 @@ def main():
     # the run's folder, and where it stopped
     start = 0
     with cmaev.chief_first():
-        checkpoint = cmaev.open_run(run, s, FREE, device)
+        checkpoint = cmaev.open_run(run, s, FREE, device, videos)
     if checkpoint:
         cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        guard.load_state_dict(checkpoint["guard"])
         sums.copy_(checkpoint["sums"])
         start = checkpoint["step"]
     if chief:
         cmaev.start_log(run / "log.jsonl", start)
+    bad = cmaev.BadVideos(run, s.bad_share, per_epoch * s.batch_size * s.repeats, checkpoint["bad"] if checkpoint else 0)
     if start == steps and not s.results:
         return say(f"{run} is finished, all {steps} steps: --eval tests it; for another run, give another --out")
     say(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of "
@@ -197,9 +205,9 @@ def main():
     trained = DistributedDataParallel(model) if world > 1 else model
     if s.compile:
         trained = torch.compile(trained)
-    feed = cmaev.Feed(DataLoader(
-        clips, batch_sampler=cmaev.Batches(len(videos), s.batch_size, steps, s.seed, rank, world, start),
-        num_workers=workers, pin_memory=device.type == "cuda"), device)
+    feed = cmaev.Feed(cmaev.loader(clips, workers, device, batch_sampler=cmaev.Batches(
+        len(videos), s.batch_size, steps, s.seed, rank, world, start)), device)
+    stopped = cmaev.notice_sigterm()
     scale = s.batch_size / 256
     began, logged = time.perf_counter(), start
     model.train()
@@ -214,21 +222,20 @@ def main():
         with autocast():
             logits = trained(clip)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=s.smoothing)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad or float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        sums += torch.stack([loss.detach(), torch.ones((), device=device)])
+        grad_norm, fine = guard.step(loss, model.parameters(), s.clip_grad)
+        sums += torch.stack([loss.detach(), torch.ones((), device=device)]).where(fine, 0)
 
-        done, last = step + 1, step + 1 == steps
-        if done % s.log_every == 0 or last:
-            mean = (cmaev.mean_over_ranks(sums)[0] / sums[1]).item()  # waits for the device
+        done, last, stop = step + 1, step + 1 == steps, stopped()
+        log, save = done % s.log_every == 0 or last, done % s.save_every == 0 or last
+        if log or save or stop:
+            bad.note(feed.bad, done, done * s.batch_size * s.repeats)
+            skipped = guard.check(run)  # waits for the device
+        if log:
+            mean = (cmaev.mean_over_ranks(sums)[0] / sums[1].clamp(min=1)).item()
             seconds, clips_done = time.perf_counter() - began, (done - logged) * s.batch_size * s.repeats
             record = dict(step=done, epoch=done / per_epoch, loss=mean, lr=lr, grad_norm=grad_norm.item(),
                           clips_per_s=clips_done / seconds, data_wait=feed.waited() / seconds,
-                          memory_mib=cmaev.peak_memory(device))
+                          memory_mib=cmaev.peak_memory(device), bad_clips=bad.count, skipped_steps=skipped)
             if chief:
                 cmaev.add_line(run / "log.jsonl", record)
                 left = timedelta(seconds=round(seconds / (done - logged) * (steps - done)))
@@ -237,13 +244,17 @@ def main():
                           steps=steps, left=left, **record), flush=True)
             sums.zero_()
             began, logged = time.perf_counter(), done
-        if done % s.save_every == 0 or last:
+        if save or stop:
             cmaev.mean_over_ranks(sums)
             if chief:
                 with cmaev.whole_file(run / "checkpoint.pt", "wb") as file:
                     torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                    scaler=scaler.state_dict(), sums=sums, names=names), file)
+                                    guard=guard.state_dict(), sums=sums, bad=bad.count, names=names), file)
+        if stop and not last:
+            say(f"stopped by SIGTERM, saved after step {done}: the same command goes on")
+            sys.exit(cmaev.SAVED_AND_STOPPED)
 
+    say(f"{bad.count} of {steps * s.batch_size * s.repeats} clips were of bad videos")
     test(model, tests, names)
 
 

@@ -10,6 +10,7 @@ The same command run again goes on from the last checkpoint. `python pretrain.py
 
 import json
 import os
+import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torchvision.io import write_png
 from torchvision.utils import make_grid
 
@@ -47,6 +47,7 @@ SETTINGS = {
     "temperature": (0.07, "tau of InfoNCE"),
     "momentum": ((0.99, 0.996, 0.996), "of the target encoder"),
     "color-augment": (True, "colour augmentation of the target view"),
+    "bad-share": (0.05, "largest share of clips whose video cannot be read; another video takes its place"),
     "repeats": (1, "clips out of each opened video; an epoch then has so many times the steps"),
     # optimisation
     "epochs": ((50, 800, 800), "passes over the videos"),
@@ -70,7 +71,7 @@ SETTINGS = {
     "results": ("", "file that a finished run adds a line of JSON to: its flags, its last losses"),
     "benchmark": (False, "only time 20 steps on synthetic clips, then on those of --data where it is given"),
 }
-FREE = cmaev.MACHINE | {"val"}
+FREE = cmaev.MACHINE | {"val", "bad_share"}
 
 
 def main():
@@ -106,15 +107,15 @@ def main():
     optimizer = torch.optim.AdamW(cmaev.decay_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), fused=True)
     dtype = cmaev.amp_dtype(s.amp, device)
     autocast = lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    guard = cmaev.Guard(optimizer, dtype, device)
     sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=device)  # since the last log line, and how many
 
     trained = DistributedDataParallel(model) if world > 1 else model
     if s.compile:
         trained = torch.compile(trained)
-    load = lambda steps, start=0: cmaev.Feed(DataLoader(
-        clips, batch_sampler=cmaev.Batches(len(videos), per_step, steps, s.seed, rank, world, start),
-        num_workers=cmaev.worker_count(s.workers, device), pin_memory=device.type == "cuda"), device)
+    workers = cmaev.worker_count(s.workers, device)
+    load = lambda steps, start=0: cmaev.Feed(cmaev.loader(clips, workers, device, batch_sampler=cmaev.Batches(
+        len(videos), per_step, steps, s.seed, rank, world, start)), device)
 
     def train_step(batch, lr):
         online, target = cmaev.normalize(batch["online"]), None
@@ -125,14 +126,10 @@ def main():
             group["lr"] = lr
         with autocast():
             losses = trained(online, target, batch["mask"])
-        scaler.scale(losses["loss"]).backward()
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad or float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        grad_norm, fine = guard.step(losses["loss"], model.parameters(), s.clip_grad)
         model.update_target(s.momentum)
-        sums.add_(torch.stack([*(losses[name].detach() for name in LOSSES), torch.ones((), device=device)]))
+        values = torch.stack([*(losses[name].detach() for name in LOSSES), torch.ones((), device=device)])
+        sums.add_(values.where(fine, 0))
         return grad_norm
 
     if s.benchmark:
@@ -143,16 +140,16 @@ def main():
             synthetic.update(target=pixels(), colors=torch.arange(count)[None])
         if device.type == "cuda":
             synthetic = {name: x.pin_memory() for name, x in synthetic.items()}
-        return benchmark(s, train_step, synthetic, load if videos else None, flops, dtype, device, world, say)
+        return benchmark(s, train_step, synthetic, load if videos else None, workers, flops, dtype, device, world, say)
 
     # the run's folder, and where it stopped
     run, start = Path(s.out), 0
     with cmaev.chief_first():
-        checkpoint = cmaev.open_run(run, s, FREE, device)
+        checkpoint = cmaev.open_run(run, s, FREE, device, videos)
     if checkpoint:
         cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        guard.load_state_dict(checkpoint["guard"])
         sums.copy_(checkpoint["sums"])
         start = checkpoint["step"]
     keep_result = lambda: s.results and chief and cmaev.add_result(
@@ -162,26 +159,33 @@ def main():
         return say(f"{run} is finished, all {steps} steps: for another run, give another --out")
     if chief:
         cmaev.start_log(run / "log.jsonl", start)
+    bad = cmaev.BadVideos(run, s.bad_share, per_epoch * s.batch_size, checkpoint["bad"] if checkpoint else 0)
     parameters = sum(p.numel() for p in model.encoder.parameters())
     say(f"{s.encoder}, {parameters / 1e6:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} "
         f"clips, {flops * s.batch_size * steps:.2g} floating-point operations; {world} x {device.type}, "
         f"{str(dtype or torch.float32).removeprefix('torch.')}" + (f"; going on from step {start}" if start else ""))
 
     # the loop
+    stopped = cmaev.notice_sigterm()
     feed, scale = load(steps, start), s.batch_size / 256
     began, logged = time.perf_counter(), start
     for step in range(start, steps):
         lr = cmaev.learning_rate(step, warmup, steps, scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
         grad_norm = train_step(next(feed), lr)
 
-        done, last = step + 1, step + 1 == steps
-        if done % s.log_every == 0 or last:
-            *means, _ = (cmaev.mean_over_ranks(sums) / sums[-1]).tolist()  # waits for the device
+        done, last, stop = step + 1, step + 1 == steps, stopped()
+        log, save = done % s.log_every == 0 or last, done % s.save_every == 0 or last
+        if log or save or stop:
+            bad.note(feed.bad, done, done * s.batch_size)
+            skipped = guard.check(run)  # waits for the device
+        if log:
+            *means, _ = (cmaev.mean_over_ranks(sums) / sums[-1].clamp(min=1)).tolist()
             seconds, clips_done = time.perf_counter() - began, (done - logged) * s.batch_size
             record = dict(step=done, epoch=done / per_epoch, **dict(zip(LOSSES, means)), lr=lr,
                           grad_norm=grad_norm.item(), clips_per_s=clips_done / seconds,
                           step_ms=1000 * seconds / (done - logged), data_wait=feed.waited() / seconds,
-                          tflop_per_s=flops * clips_done / seconds / 1e12, memory_mib=cmaev.peak_memory(device))
+                          tflop_per_s=flops * clips_done / seconds / 1e12, memory_mib=cmaev.peak_memory(device),
+                          bad_clips=bad.count, skipped_steps=skipped)
             if chief:
                 cmaev.add_line(run / "log.jsonl", record)
                 left = timedelta(seconds=round(seconds / (done - logged) * (steps - done)))
@@ -196,23 +200,26 @@ def main():
 
         if chief and s.picture_every and (done % s.picture_every == 0 or last):
             write_png(picture(model, clips, device), str(run / f"reconstruction-{done:06d}.png"))
-        if done % s.save_every == 0 or last:
-            if s.val:
-                with autocast():
-                    loss = cmaev.held_out_reconstruction(
-                        model, held_out, s.batch_size // world, cmaev.worker_count(s.workers, device), device)
-                say(f"step {done}/{steps}  reconstruction of {len(held_out)} held-out videos {loss:.4f}", flush=True)
-                if chief:
-                    cmaev.add_line(run / "log.jsonl", dict(step=done, held_out_reconstruction=loss))
+        if save and s.val:
+            with autocast():
+                loss = cmaev.held_out_reconstruction(model, held_out, s.batch_size // world, workers, device)
+            say(f"step {done}/{steps}  reconstruction of {len(held_out)} held-out videos {loss:.4f}", flush=True)
+            if chief:
+                cmaev.add_line(run / "log.jsonl", dict(step=done, held_out_reconstruction=loss))
+        if save or stop:
             cmaev.mean_over_ranks(sums)
             if chief:
                 cmaev.save_encoder(model.encoder, run / "encoder.pt")
                 with cmaev.whole_file(run / "checkpoint.pt", "wb") as file:
                     torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                    scaler=scaler.state_dict(), sums=sums), file)
+                                    guard=guard.state_dict(), sums=sums, bad=bad.count), file)
+        if stop and not last:
+            say(f"stopped by SIGTERM, saved after step {done}: the same command goes on")
+            sys.exit(cmaev.SAVED_AND_STOPPED)
 
     keep_result()
-    say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures")
+    say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; {bad.count} of "
+        f"{steps * s.batch_size} clips were of bad videos, {skipped} of {steps} steps were left out")
 
 
 def read_videos(s, per_step):
@@ -226,13 +233,13 @@ def read_videos(s, per_step):
     if len(videos) < per_step:
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give no more than the {len(videos) * s.repeats} clips "
                                f"that the {len(videos)} videos of {s.data} give")
-    cmaev.Video(videos[0][0])  # a list of what is no video fails here, not in a worker
+    cmaev.check_readable(videos)
     return videos
 
 
-def benchmark(s, train_step, synthetic, load, flops, dtype, device, world, say):
+def benchmark(s, train_step, synthetic, load, workers, flops, dtype, device, world, say):
     """Times the training step on one synthetic batch and on --data, and the reading of --data alone: a table, JSON."""
-    workers, timed, rows = cmaev.worker_count(s.workers, device), 20, {}
+    timed, rows = 20, {}
     warm = 5 + 2 * workers  # compilation, memory, and the batches that were read ahead meanwhile
     peak = cmaev.matrix_rate(device, dtype)
 

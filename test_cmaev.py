@@ -25,6 +25,7 @@ import finetune
 import pretrain
 
 HERE = Path(__file__).parent
+LONG = "LONG" in os.environ  # the fault tests at full length: LONG=1 pytest -k faults
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities")  # torchvision 0.29
 
 
@@ -819,7 +820,7 @@ def test_a_video_that_breaks_in_a_worker_ends_in_one_line(wrong, monkeypatch):
     monkeypatch.chdir(wrong)
     Path("late.txt").write_text("good.mp4 0\n" + "audio.mp4 0\n" * 7)
     end = run_pretrain("--data", "late.txt", "--batch-size", 4, "--workers", 1, "--out", "late")
-    assert end.startswith("error: audio.mp4: has no video stream") and "\n" not in end
+    assert end.startswith("error: ten videos in a row cannot be read, the last one: audio.mp4: has no") and "\n" not in end
 
 
 def test_checkpoint_of_another_model(undisturbed, demo):
@@ -904,7 +905,7 @@ def test_repeated_sampling_opens_a_video_once(demo, monkeypatch):
     sample = clips[0, 5]
     assert len(opened) == 1 and sample["clip"].shape == (3, 4, 3, 32, 32) and sample["label"].tolist() == [5, 5, 5]
     assert not torch.equal(sample["clip"][0], sample["clip"][1])
-    assert all(torch.equal(sample[name], clips[0, 5][name]) for name in sample)
+    assert all(torch.equal(sample[name], clips[0, 5][name]) for name in sample if name != "bad")
     assert not torch.equal(sample["clip"], clips[1, 5]["clip"])
 
 
@@ -1226,6 +1227,335 @@ def test_wrong_input_to_finetune_ends_in_one_line(wrong, monkeypatch, arguments,
     end = run_finetune("--batch-size", 4, *arguments.split())
     assert end.startswith("error: ") and words in end and "\n" not in end
     assert not Path("runs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults: kills, bad videos, bad numbers, bad weights, full disks, hostile files. Longer forms: LONG=1 pytest -k faults
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start(script, *arguments, **how):
+    return subprocess.Popen([sys.executable, HERE / script, *map(str, arguments)], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)
+
+
+def wait_for(what, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not what() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return process.poll() is None
+
+
+def same_weights(*runs):
+    states = [torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in runs]
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
+    """At random moments, and every other time while a checkpoint is being written."""
+    run, rng, expected = demo.parent / f"kill-{script}", np.random.default_rng(0), undisturbed
+    command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--save-every", 1]
+    if script == "finetune.py":
+        command = [*TUNE, "--data", demo / "train.txt", "--val", demo / "val.txt", "--init", undisturbed, "--out", run,
+                   "--save-every", 1]
+        expected = tuned
+    kills, partial = 0, run / "checkpoint.pt.partial"
+    for i in range(20 if LONG else 2):
+        process = start(script, *command, "--workers", i % 3)
+        before = (run / "checkpoint.pt").stat().st_mtime_ns if (run / "checkpoint.pt").exists() else 0
+        if i % 2:
+            running = wait_for(partial.exists, process)
+        else:
+            running = wait_for(lambda: (run / "settings.json").exists(), process)
+            time.sleep(rng.uniform(0, 8))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= (10 if LONG else 2)  # the last ones may come after the end
+    process = start(script, *command)
+    assert process.wait() == 0, process.stderr.read()
+    assert same_weights(run, expected) and not partial.exists()
+    keep = ("step", "loss", "grad_norm", "lr")
+    logs = [[[line[name] for name in keep] for line in cmaev.read_log(r) if "loss" in line] for r in (run, expected)]
+    assert logs[0] == logs[1]
+
+
+def test_faults_sigterm_saves_and_ctrl_c_leaves_nothing_running(demo, undisturbed):
+    for sent, code in ((signal.SIGTERM, cmaev.SAVED_AND_STOPPED), (signal.SIGINT, 130)):
+        run = demo.parent / f"signal-{sent}"
+        command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--save-every", 1000, "--workers", 2]
+        process = start("pretrain.py", *command, start_new_session=True)
+        assert wait_for(lambda: (run / "log.jsonl").exists() and cmaev.read_log(run), process)
+        os.killpg(process.pid, sent)  # to the decoding processes, too, as a terminal and SLURM do
+        assert process.wait(60) == code, process.stderr.read()
+        deadline = time.monotonic() + 10
+        while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
+            assert time.monotonic() < deadline
+        assert (run / "checkpoint.pt").exists() == (sent == signal.SIGTERM)
+        assert run_pretrain(*command) is None and same_weights(run, undisturbed)
+
+
+def test_faults_bad_numbers_are_left_out(demo, tmp_path, monkeypatch):
+    forward, calls, bad = cmaev.CMAEV.forward, [], {3}
+
+    def with_nan(self, *batch):
+        losses = forward(self, *batch)
+        calls.append(0)
+        return losses | {"loss": losses["loss"] * (math.nan if len(calls) - 1 in bad else 1)}
+    monkeypatch.setattr(cmaev.CMAEV, "forward", with_nan)
+    command = [*SHORT, "--data", demo / "train.txt", "--workers", 0, "--log-every", 1, "--picture-every", 0]
+    assert run_pretrain(*command, "--out", tmp_path / "one") is None
+    log = cmaev.read_log(tmp_path / "one")
+    assert [line["skipped_steps"] for line in log] == [0] * 3 + [1] * 17
+    assert all(math.isfinite(line["loss"]) for line in log)
+    calls.clear()
+    bad = set(range(8, 20))
+    end = run_pretrain(*command, "--out", tmp_path / "many")
+    assert end.startswith("error: 5 steps in a row had a loss or a gradient that is not finite")
+    checkpoint = torch.load(tmp_path / "many" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 12 and all(x.isfinite().all() for x in checkpoint["model"].values())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_faults_a_step_left_out_changes_nothing(dtype):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 1)
+    guard = cmaev.Guard(torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True), dtype, torch.device("cpu"))
+    weights = []
+    for factor in (1.0, math.nan, 1e38 if dtype else math.inf, 1.0):
+        _, fine = guard.step(layer(torch.ones(1, 4)).sum() * factor, layer.parameters(), 0)
+        weights.append((layer.weight.detach().clone(), bool(fine)))
+    assert torch.equal(weights[0][0], weights[1][0]) and not torch.equal(weights[2][0], weights[3][0])
+    assert torch.equal(weights[1][0], weights[2][0])  # fp16: overflow of the scaled gradient, which is no fault
+    assert [fine for _, fine in weights] == [True, False, dtype is not None, True]
+    assert guard.check("run") == (1 if dtype else 2)
+
+
+def spoil(good, folder, count):
+    """Files made from good ones by truncation, flipped bytes, zeroed blocks and the like; half of them may still play."""
+    folder.mkdir()
+    rng, paths = np.random.default_rng(0), []
+    for i in range(count):
+        source = Path(good[i % len(good)])
+        data = bytearray(source.read_bytes())
+        kind, suffix = i % 8, source.suffix
+        if kind == 0:
+            del data[rng.integers(len(data)):]
+        elif kind == 1:
+            for at in rng.integers(0, len(data), 30):
+                data[at] ^= 1 << rng.integers(8)
+        elif kind == 2:
+            at = rng.integers(len(data))
+            data[at:at + 2000] = bytes(len(data[at:at + 2000]))
+        elif kind == 3:
+            suffix = (".avi", ".webm", ".ts")[i % 3]
+        elif kind == 4:
+            data = bytearray((b"", b"no video\n" * 99, bytes(5000))[i // 8 % 3])
+        elif kind == 5 and b"tkhd" in data:  # absurd width and height, in the track and in the sample description
+            at = data.index(b"tkhd") + 4
+            data[at + 76:at + 84] = b"\xff\xff\xff\xff" * 2
+            at = data.find(b"avc1", data.index(b"stsd"))
+            data[at + 28:at + 32] = b"\xff\xff\xff\xff"
+        elif kind == 6 and b"mvhd" in data:  # absurd duration
+            at = data.index(b"mvhd") + 4
+            data[at + 16:at + 20] = b"\xff\xff\xff\xff"
+        elif kind == 7:
+            head = len(data) // 3
+            data = data[:head] + bytes(rng.integers(0, 256, len(data) - head, dtype=np.uint8))
+        paths.append(folder / f"{i:03d}{suffix}")
+        paths[-1].write_bytes(data)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def spoilt(demo, wrong):
+    videos = [path for path, _ in cmaev.read_list(demo / "train.txt")]
+    for name in ("x.mkv", "x.avi", "x.webm"):
+        write(demo.parent / name, codec="libvpx" if name == "x.webm" else "libx264")
+        videos.insert(3, demo.parent / name)
+    bad = spoil(videos, demo.parent / "spoilt", 300 if LONG else 60) + [wrong / "audio.mp4"]
+    (demo.parent / "mixed.txt").write_text("".join(f"{path}\n" for path in bad) + "".join(f"{path}\n" for path in videos))
+    return bad
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 / 1024
+
+
+def test_faults_bad_videos_are_replaced(demo, spoilt):
+    """Each is read or replaced, in time and without growth; the replacement is a pure function, and is named."""
+    videos = cmaev.read_list(demo.parent / "mixed.txt")
+    clips, reasons, slowest = clips_of(demo), {}, 0.0
+    clips.videos = videos
+    for turn in range(3):
+        if turn == 1:
+            before = resident()
+        for i in range(len(spoilt)):
+            began = time.monotonic()
+            sample = clips[0, i]
+            slowest = max(slowest, time.monotonic() - began)
+            if turn == 0:
+                reasons.update(json.loads(sample["bad"]))
+    print(f"{len(reasons)} of {len(spoilt)} bad, slowest {slowest:.2f} s, memory {resident() - before:+.1f} MiB")
+    assert resident() - before < 30 and slowest < 10 and len(reasons) >= len(spoilt) // 4
+    first = next(i for i, (path, _) in enumerate(videos) if path in reasons)
+    one, two = clips[1, first], clips[1, first]
+    assert all(torch.equal(one[name], two[name]) for name in one if name != "bad") and one["bad"] == two["bad"]
+    (path, reason), *_ = json.loads(one["bad"])
+    assert path == videos[first][0] and path in reason
+
+
+def test_faults_bad_videos_are_named_once_counted_and_limited(demo, spoilt, capsys):
+    command = [*SHORT, "--data", demo.parent / "mixed.txt", "--epochs", 2, "--workers", 2]
+    runs = [demo.parent / f"mixed-{i}" for i in range(2)]
+    assert run_pretrain(*command, "--out", runs[0], "--bad-share", 1) is None
+    output = capsys.readouterr().out
+    named = [line["bad_video"] for line in cmaev.read_log(runs[0]) if "bad_video" in line]
+    assert len(named) == len(set(named)) == output.count("bad video, another") > 5
+    count = cmaev.last_losses(runs[0])["bad_clips"]
+    assert count > len(named) and f"; {count} of " in output
+    end = run_pretrain(*command, "--out", runs[1])
+    assert "clips were of bad videos" in end and end.endswith("or give a larger --bad-share")
+    assert run_pretrain(*command, "--out", runs[1], "--bad-share", 1, "--workers", 0) is None
+    assert same_weights(*runs)
+
+
+def test_faults_a_bad_video_counts_as_wrong_in_testing(demo, tuned, wrong, capsys):
+    listed = cmaev.read_list(demo / "val.txt")
+    (demo.parent / "holed.txt").write_text("".join(f"{path} {label}\n" for path, label in listed)
+                                           + f"{wrong}/audio.mp4 0\n")
+    ask = [*TUNE, "--out", tuned, "--workers", 0, "--eval", "--data", demo / "train.txt"]
+    right = []
+    for name in ("demo/val.txt", "holed.txt"):
+        assert run_finetune(*ask, "--val", demo.parent / name) is None
+        right.append([row.split(",")[1] == row.split(",")[2] for row in
+                      (tuned / "predictions.csv").read_text().splitlines()[1:]])
+    output = capsys.readouterr().out
+    assert right[1] == right[0] + [False] and f"of {len(listed) + 1} videos" in output and "audio.mp4: has no" in output
+    assert f"top-1 {100 * np.mean(right[1]):.2f} %" in output
+    for probe in ("linear", "knn"):
+        assert run_finetune(*ask[:-3], "--probe", probe, "--init", "none", "--data", demo.parent / "holed.txt",
+                            "--val", demo.parent / "holed.txt") is None
+    assert run_finetune(*ask[:-3], "--predict", wrong / "audio.mp4") == "error: not all of these files could be read"
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered"])
+def test_faults_damaged_weights(demo, undisturbed, tmp_path, how):
+    data = bytearray((undisturbed / "encoder.pt").read_bytes())
+    if how == "truncated":
+        del data[len(data) // 2:]
+    else:
+        data[len(data) // 2] ^= 1
+    (tmp_path / "encoder.pt").write_bytes(data)
+    with pytest.raises(cmaev.CMAEVError, match="cannot be read as weights"):
+        cmaev.read_weights(tmp_path / "encoder.pt")
+    (tmp_path / "checkpoint.pt").write_bytes(data)
+    with pytest.raises(cmaev.CMAEVError, match="cannot be read"):
+        cmaev.read_checkpoint(tmp_path / "checkpoint.pt")
+
+
+def test_faults_full_disk(demo, tmp_path, monkeypatch):
+    """A limit on the size of files stands in for the disk, from the second checkpoint on."""
+    import resource
+    save, limits, saved = cmaev.save_encoder, resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def then_full(encoder, path):
+        save(encoder, path)
+        saved.append(path)
+        if len(saved) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    monkeypatch.setattr(cmaev, "save_encoder", then_full)
+    end = run_pretrain(*SHORT, "--data", demo / "train.txt", "--out", tmp_path / "run", "--workers", 0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert end.startswith("error: ") and "\n" not in end and "too large" in end
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_faults_edited_list(demo, tmp_path):
+    lines = (demo / "train.txt").read_text().splitlines()
+    (tmp_path / "list.txt").write_text("".join(f"{demo}/{line}\n" for line in lines))
+    command = [*SHORT, "--data", tmp_path / "list.txt", "--out", tmp_path / "run", "--workers", 0, "--epochs", 1]
+    assert run_pretrain(*command) is None
+    (tmp_path / "list.txt").write_text("".join(f"{demo}/{line}\n" for line in lines[:-1]))
+    assert "has changed since" in run_pretrain(*command)
+
+
+def test_faults_hostile_files(tmp_path):
+    """Nothing of another file and no address is opened; frames beyond the bounds are refused before they are made."""
+    import socket
+    server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(0.2)
+    address = f"http://127.0.0.1:{server.getsockname()[1]}/a.mp4"
+    write(tmp_path / "a.mp4", frames=5)
+    hostile = {"list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{address}\n#EXT-X-ENDLIST\n",
+               "list.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\na.mp4\n#EXT-X-ENDLIST\n",
+               "concat.mp4": f"ffconcat version 1.0\nfile {tmp_path}/a.mp4\n",
+               "manifest.mpd": f"<?xml version='1.0'?><MPD><Period><BaseURL>{address}</BaseURL></Period></MPD>"}
+    for name, text in hostile.items():
+        (tmp_path / name).write_text(text)
+    for path in [*(tmp_path / name for name in hostile), address, f"concat:{tmp_path}/a.mp4", "/dev/zero"]:
+        with pytest.raises(cmaev.CMAEVError, match="cannot be opened"):
+            cmaev.Video(path)
+    with pytest.raises(TimeoutError):
+        server.accept()
+    assert set(cmaev.CONTAINERS.split(",")) <= {part for name in av.formats_available for part in name.split(",")}
+
+
+def test_faults_bounds_of_frames(tmp_path, monkeypatch):
+    path = write(tmp_path / "v.mp4", frames=20)
+    (tmp_path / "images").mkdir()
+    write_png(torch.zeros(3, 48, 64, dtype=torch.uint8), str(tmp_path / "images" / "0.png"))
+    write_jpeg(torch.zeros(3, 48, 64, dtype=torch.uint8), str(tmp_path / "images" / "1.jpg"))
+    for i, name in enumerate(("0.png", "1.jpg")):
+        assert cmaev.image_size((tmp_path / "images" / name).read_bytes()) == (64, 48)
+    monkeypatch.setattr(cmaev, "MAX_BYTES", 10 * 48 * 64 * 3)
+    assert len(cmaev.Video(path).read(range(10))) == 10
+    with pytest.raises(cmaev.CMAEVError, match="11 frames of 64x48 pixels are too large"):
+        cmaev.Video(path).read(range(11))
+    monkeypatch.setattr(cmaev, "MAX_SECONDS", 0)
+    with pytest.raises(cmaev.CMAEVError, match="takes more than 0 s"):
+        cmaev.Video(path)
+    monkeypatch.setattr(cmaev, "MAX_PIXELS", 3000)
+    with pytest.raises(cmaev.CMAEVError, match="says that its frames have 64x48 pixels"):
+        cmaev.Video(path)
+    for i in range(2):
+        with pytest.raises(cmaev.CMAEVError, match="says that its frames have 64x48 pixels"):
+            cmaev.Video(tmp_path / "images").read([i])
+
+
+@pytest.mark.skipif(not LONG, reason="takes minutes: LONG=1 pytest -k faults")
+def test_faults_a_lost_worker_of_four(demo, undisturbed):
+    """Two agents of torchrun on this machine: one worker is killed, the job goes on from its last checkpoint itself."""
+    run = demo.parent / "lost"
+    command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--workers", 0, "--save-every", 1]
+    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2",
+                                "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:29517", "--rdzv_id=lost",
+                                "--max-restarts=2", HERE / "pretrain.py", *map(str, command)],
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    assert wait_for(lambda: (run / "log.jsonl").exists() and cmaev.read_log(run), agents[0], 240)
+    workers = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert [agent.wait(600) for agent in agents] == [0, 0]
+    for line, expected in zip(log_of(run), log_of(undisturbed), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.skipif(not LONG, reason="takes minutes: LONG=1 pytest -k faults")
+def test_faults_long_run_stays_flat(demo, spoilt):
+    """2,000 steps on good and bad videos: memory, open files and processes of the trainer and its workers."""
+    command = [*SHORT, "--data", demo.parent / "mixed.txt", "--out", demo.parent / "flat", "--bad-share", 1, "--workers", 2,
+               "--batch-size", 2, "--epochs", 1000, "--frames", 2, "--size", 16, "--patch", 4, "--save-every", 500]
+    process, rows, log = start("pretrain.py", *command), [], demo.parent / "flat" / "log.jsonl"
+    for step in range(200, 2001, 200):
+        assert wait_for(lambda: log.exists() and f'"step": {step},' in log.read_text(), process, 600)
+        pids = [str(process.pid), *subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                                                  text=True).stdout.split()]
+        memory = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4 / 1024 for pid in pids)
+        rows.append((step, round(memory), sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids), len(pids)))
+        print(*rows[-1])
+    process.kill()
+    assert abs(rows[-1][1] - rows[1][1]) < 0.05 * rows[1][1] and len({row[2:] for row in rows[1:]}) <= 2
 
 
 if __name__ == "__main__":
