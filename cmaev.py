@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from bisect import bisect_right
 from collections import deque
 from copy import deepcopy
@@ -1251,6 +1252,13 @@ FOREIGN_NAMES = (
 )
 
 
+def load_tensors(path):
+    """torch.load without running anything, after checking the sums of the file's parts, which torch does not."""
+    if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"{part} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_weights(path):
     """A weight file, or a run's folder -> its state dict under this project's names.
 
@@ -1265,7 +1273,7 @@ def read_weights(path):
             from safetensors.torch import load_file
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_tensors(path)
     except ImportError:
         raise CMAEVError(f"{path}: reading .safetensors needs the package safetensors: pip install it") from None
     except Exception as error:
@@ -1716,15 +1724,21 @@ def report(scores, videos, names, folder):
 
 @contextlib.contextmanager
 def whole_file(path, mode):
-    """A file to write that is there whole or not at all: it has another name until it is closed."""
+    """A file to write that is there whole or not at all: it has another name until it is closed.
+
+    Raises CMAEVError where it cannot be written, because the disk is full, say; what was there before is kept.
+    """
     try:
         with open(f"{path}.partial", mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.partial", path)
-    except BaseException:
+    except BaseException as error:
         Path(f"{path}.partial").unlink(missing_ok=True)
+        for cause in (error, error.__context__):  # torch.save hides the reason behind an error of its own
+            if isinstance(cause, OSError):
+                raise CMAEVError(f"{path} cannot be written ({cause.strerror}): what was there is kept") from None
         raise
 
 
@@ -1781,7 +1795,7 @@ def read_checkpoint(path):
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_tensors(path)
     except Exception as error:
         raise CMAEVError(f"{path} cannot be read ({type(error).__name__}): restore it or delete it") from None
 
