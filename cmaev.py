@@ -870,8 +870,16 @@ class ConvBlock(nn.Module):
         self.mlp = MLP(width)
         self.drop_path = StochasticDepth(drop_path, "row")
 
+    def mix(self, whole):
+        """The depthwise convolution; on a CPU in float32, where oneDNN's bf16 gradient of the kernel is wrong when the
+        channels come last in memory (torch 2.15), and no faster."""
+        if whole.device.type != "cpu":
+            return self.depthwise(whole)
+        with torch.autocast("cpu", enabled=False):
+            return self.depthwise(whole.float())
+
     def forward(self, x, grid, numbers):
-        whole = self.depthwise(spread(self.conv1(self.norm1(x)), grid, numbers))
+        whole = self.mix(spread(self.conv1(self.norm1(x)), grid, numbers))
         x = x + self.drop_path(self.conv2(collect(whole, grid, numbers)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
