@@ -124,7 +124,8 @@ class Video:
             for i, frame in decode(wanted):
                 found[i] = frame
                 if frame.shape != found[wanted[0]].shape:
-                    raise CMAEVError(f"{self.path}: frame {i} has another size than frame {wanted[0]}: take it off the list")
+                    raise CMAEVError(f"{self.path}: frame {i} has another size than frame {wanted[0]}: take it off "
+                                     "the list")
                 if len(found) * frame.numel() > MAX_BYTES:
                     raise CMAEVError(f"{self.path}: {len(wanted)} frames of {frame.shape[1]}x{frame.shape[0]} pixels "
                                      "are too large: scale the video down")
@@ -1193,7 +1194,6 @@ def nearest_neighbours(train, labels, test, classes, k=20, temperature=0.07):
     return votes.sum(dim=1) / votes.sum(dim=(1, 2))[:, None]
 
 
-
 # =====================================================================================================================
 # 8  Weights
 # =====================================================================================================================
@@ -1571,8 +1571,8 @@ class Guard:
         """The number of steps left out so far. Raises CMAEVError where `limit` were in a row; waits for the device."""
         count, _, longest = self.counts.int().tolist()
         if longest >= limit:
-            raise CMAEVError(f"{longest} steps in a row had a loss or a gradient that is not finite, and were left out: "
-                             f"{run}/checkpoint.pt is of before; lower --lr, or give --amp none")
+            raise CMAEVError(f"{longest} steps in a row had a loss or a gradient that is not finite, and were left "
+                             f"out: {run}/checkpoint.pt is of before; lower --lr, or give --amp none")
         return count
 
     def state_dict(self):
@@ -1605,8 +1605,8 @@ class BadVideos:
             self.named.add(path)
         found.clear()
         if self.count > self.limit * max(clips, self.per_epoch):
-            raise CMAEVError(f"{self.count} of {clips} clips were of bad videos ({len(self.named)}, named in {self.log}): "
-                             "take them off the list, or give a larger --bad-share")
+            raise CMAEVError(f"{self.count} of {clips} clips were of bad videos ({len(self.named)}, named in "
+                             f"{self.log}): take them off the list, or give a larger --bad-share")
 
 
 class Feed:
@@ -1679,7 +1679,8 @@ def over_videos(function, clips, batch, workers, device):
         views = sample["clip"].to(device, non_blocking=True)
         results = function(normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1)
         mine += zip(sample["index"][:, 0].tolist(), results.cpu())
-    results, bad = torch.stack([row for _, row in sorted(gathered(mine), key=lambda pair: pair[0])]), dict(gathered(bad))
+    found, bad = dict(gathered(mine)), dict(gathered(bad))
+    results = torch.stack([found[i] for i in range(len(clips))])
     for i, (path, _) in enumerate(clips.videos):
         if path in bad:
             results[i] = math.nan
@@ -1768,8 +1769,8 @@ def device_name(device):
 def open_run(folder, settings, free, device, videos):
     """Starts a run's folder, or checks that it is this run's -> its last checkpoint, or None.
 
-    settings.json keeps the settings, the videos' number and hash, the commit and the versions. Settings in `free` change
-    no weights and may differ. Raises CMAEVError, naming them, where others do, or where the videos are not the same.
+    settings.json keeps the settings, the videos' number and hash, the commit and the versions. Settings in `free`
+    change no weights and may differ. Raises CMAEVError, naming them, where others do, or where the videos are not the same.
     """
     folder, settings = Path(folder), vars(settings)
     record, checkpoint = folder / "settings.json", folder / "checkpoint.pt"
@@ -1791,8 +1792,8 @@ def open_run(folder, settings, free, device, videos):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CMAEVError(f"--out {folder} cannot be made ({error.strerror}): give another folder") from None
-        about = dict(settings=settings, videos=listed, commit=git_commit(), device=device_name(device), world_size=world_size(),
-                     python=platform.python_version(), **versions)
+        about = dict(settings=settings, videos=listed, commit=git_commit(), device=device_name(device),
+                     world_size=world_size(), python=platform.python_version(), **versions)
         with whole_file(record, "w") as file:
             json.dump(about, file, indent=1)
     return read_checkpoint(checkpoint)

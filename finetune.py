@@ -73,7 +73,7 @@ SETTINGS = {
     "workers": (-1, "decoding processes a rank; -1: one a core beside a GPU, at most 16, and 2 on a CPU; 0: none"),
     "log-every": ((25, 20, 20), "steps a log line"),
     "save-every": ((100, 1000, 1000), "steps a checkpoint"),
-    "results": ("", "file that a test or probe adds a line of JSON to: its flags, its accuracy; done already: left out"),
+    "results": ("", "file that a test or probe adds a line of JSON to, once: its flags, its accuracy"),
 }
 FREE = cmaev.MACHINE | {"bad_share", "eval", "predict", "segments", "crops", "val"}
 
@@ -109,7 +109,7 @@ def main():
             scores = over_videos(softmax(model), views(videos))
         if chief:
             top1, top5 = cmaev.report(scores, videos, names, run)
-            keep_result(dict(top1=top1, top5=top5, videos=len(videos)))
+            keep_result(dict(top1=round(top1, 2), top5=round(top5, 2), videos=len(videos)))
             print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos)} videos, {s.segments} x {s.crops} views, "
                   f"{len(names)} classes (chance {100 / len(names):.2f} %)")
 
@@ -166,7 +166,7 @@ def main():
         scores = probes[s.probe](known[read], labels[read], unknown.nan_to_num(), len(names))
         right = scores.argmax(dim=1) == torch.tensor([label for _, label in tests])
         top1 = 100 * float((right & ~unknown.isnan().any(dim=1)).float().mean())
-        keep_result(dict(top1=top1, labels=len(videos), videos=len(tests)))
+        keep_result(dict(top1=round(top1, 2), labels=len(videos), videos=len(tests)))
         return say(f"{s.probe} probe of {s.init}: top-1 {top1:.2f} % of {len(tests)} videos, {len(videos)} labels "
                    f"(chance {100 / len(names):.2f} %)")
 
@@ -194,7 +194,8 @@ def main():
         start = checkpoint["step"]
     if chief:
         cmaev.start_log(run / "log.jsonl", start)
-    bad = cmaev.BadVideos(run, s.bad_share, per_epoch * s.batch_size * s.repeats, checkpoint["bad"] if checkpoint else 0)
+    bad = cmaev.BadVideos(run, s.bad_share, per_epoch * s.batch_size * s.repeats,
+                          checkpoint["bad"] if checkpoint else 0)
     if start == steps and not s.results:
         return say(f"{run} is finished, all {steps} steps: --eval tests it; for another run, give another --out")
     say(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of "

@@ -634,8 +634,8 @@ def test_held_out_reconstruction_and_results(demo, undisturbed, capsys):
     seven = folder / "seven.txt"
     videos = cmaev.read_list(demo / "val.txt")[:7]
     seven.write_text("".join(f"{path}\n" for path, _ in videos))
-    command = [*SHORT, "--data", demo / "train.txt", "--out", folder / "measured", "--results", folder / "results.jsonl",
-               "--val", seven, "--epochs", 1, "--warmup-epochs", 0, "--save-every", 2, "--contrast-weight", 0]
+    command = [*SHORT, "--data", demo / "train.txt", "--out", folder / "measured", "--val", seven,
+               "--results", folder / "results.jsonl", "--epochs", 1, "--warmup-epochs", 0, "--save-every", 2, "--contrast-weight", 0]
     for _ in range(2):  # the second time it only finds that all is done
         assert run_pretrain(*command, "--workers", 1) is None
     assert "is finished" in capsys.readouterr().out
@@ -835,7 +835,8 @@ def test_a_video_that_breaks_in_a_worker_ends_in_one_line(wrong, monkeypatch):
     monkeypatch.chdir(wrong)
     Path("late.txt").write_text("good.mp4 0\n" + "audio.mp4 0\n" * 7)
     end = run_pretrain("--data", "late.txt", "--batch-size", 4, "--workers", 1, "--out", "late")
-    assert end.startswith("error: ten videos in a row cannot be read, the last one: audio.mp4: has no") and "\n" not in end
+    assert end.startswith("error: ten videos in a row cannot be read, the last one: audio.mp4: has no video")
+    assert "\n" not in end
 
 
 def test_checkpoint_of_another_model(undisturbed, demo):
@@ -1347,7 +1348,7 @@ def test_faults_a_step_left_out_changes_nothing(dtype):
 
 
 def spoil(good, folder, count):
-    """Files made from good ones by truncation, flipped bytes, zeroed blocks and the like; half of them may still play."""
+    """Files made from good ones by truncation, flipped bytes, zeroed blocks and the like; some may still play."""
     folder.mkdir()
     rng, paths = np.random.default_rng(0), []
     for i in range(count):
@@ -1389,7 +1390,7 @@ def spoilt(demo, wrong):
         write(demo.parent / name, codec="libvpx" if name == "x.webm" else "libx264")
         videos.insert(3, demo.parent / name)
     bad = spoil(videos, demo.parent / "spoilt", 300 if LONG else 60) + [wrong / "audio.mp4"]
-    (demo.parent / "mixed.txt").write_text("".join(f"{path}\n" for path in bad) + "".join(f"{path}\n" for path in videos))
+    (demo.parent / "mixed.txt").write_text("".join(f"{path}\n" for path in [*bad, *videos]))
     return bad
 
 
@@ -1563,8 +1564,8 @@ def test_faults_a_lost_worker_of_four(demo, undisturbed):
 @pytest.mark.skipif(not LONG, reason="takes minutes: LONG=1 pytest -k faults")
 def test_faults_long_run_stays_flat(demo, spoilt):
     """2,000 steps on good and bad videos: memory, open files and processes of the trainer and its workers."""
-    command = [*SHORT, "--data", demo.parent / "mixed.txt", "--out", demo.parent / "flat", "--bad-share", 1, "--workers", 2,
-               "--batch-size", 2, "--epochs", 1000, "--frames", 2, "--size", 16, "--patch", 4, "--save-every", 500]
+    command = [*SHORT, "--data", demo.parent / "mixed.txt", "--out", demo.parent / "flat", "--bad-share", 1,
+               "--workers", 2, "--batch-size", 2, "--epochs", 1000, "--frames", 2, "--size", 16, "--patch", 4, "--save-every", 500]
     process, rows, log = start("pretrain.py", *command), [], demo.parent / "flat" / "log.jsonl"
     for step in range(200, 2001, 200):
         assert wait_for(lambda: log.exists() and f'"step": {step},' in log.read_text(), process, 600)
