@@ -1338,7 +1338,7 @@ def load_weights(module, state, path, wanted=None):
 # =====================================================================================================================
 
 RECIPES = ("demo", "k400", "ssv2")
-MACHINE = {"workers", "compile", "log_every", "save_every", "picture_every", "results", "benchmark"}  # change no weights
+MACHINE = {"workers", "compile", "log_every", "save_every", "picture_every", "results", "benchmark"}  # not the weights
 
 
 def read_settings(table, description):
@@ -1770,7 +1770,7 @@ def open_run(folder, settings, free, device, videos):
     """Starts a run's folder, or checks that it is this run's -> its last checkpoint, or None.
 
     settings.json keeps the settings, the videos' number and hash, the commit and the versions. Settings in `free`
-    change no weights and may differ. Raises CMAEVError, naming them, where others do, or where the videos are not the same.
+    change no weights and may differ. Raises CMAEVError, naming them, where others do, or where the videos differ.
     """
     folder, settings = Path(folder), vars(settings)
     record, checkpoint = folder / "settings.json", folder / "checkpoint.pt"

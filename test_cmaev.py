@@ -230,7 +230,7 @@ def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
     clips, before = clips_of(demo, repeats=2), torch.get_rng_state()
     clips[0, 0]
     assert torch.equal(torch.get_rng_state(), before)
-    load = lambda workers, **cut: [batch for batch in DataLoader(
+    load = lambda workers, **cut: [{name: batch[name] for name in batch if name != "bad"} for batch in DataLoader(
         clips, batch_sampler=cmaev.Batches(40, 8, 7, 0, **{"rank": 0, "world": 1} | cut), num_workers=workers)]
     whole = load(0)
     for batch, again in zip(whole, load(2), strict=True):
@@ -247,8 +247,8 @@ def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
 
 def test_without_target_the_online_view_is_the_same(demo):
     both, one = clips_of(demo)[2, 3], clips_of(demo, two_views=False)[2, 3]
-    assert one.keys() == {"online", "mask"}
-    assert all(torch.equal(both[name], one[name]) for name in one)
+    assert one.keys() == {"online", "mask", "bad"}
+    assert all(torch.equal(both[name], one[name]) for name in ("online", "mask"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1194,7 +1194,7 @@ def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys):
     assert "nothing to do" in printed and [line["flags"]["probe"] for line in lines] == ["linear", "knn"]
     right = [row.split(",")[1] == row.split(",")[2] for row in rows[1:]]
     assert run_finetune(*ask, "--init", undisturbed, "--results", results) is None  # finished, but not in the file yet
-    assert json.loads(results.read_text().splitlines()[-1])["top1"] == pytest.approx(100 * np.mean(right))
+    assert json.loads(results.read_text().splitlines()[-1])["top1"] == pytest.approx(100 * np.mean(right), abs=0.01)
     assert run_finetune(*ask, "--init", undisturbed) is None
     assert "is finished" in capsys.readouterr().out
 
