@@ -152,9 +152,12 @@ class Video:
         if not self.container.streams.video:
             raise CMAEVError(f"{self.path}: has no video stream: take it off the list")
         self.stream = self.container.streams.video[0]
-        self._check_size(self.stream.codec_context.width, self.stream.codec_context.height)
-        self.stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # should a later header say otherwise
-        self.stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+        codec = self.stream.codec_context
+        if codec is None:
+            raise CMAEVError(f"{self.path}: its codec is not known: take it off the list")
+        self._check_size(codec.width, codec.height)
+        codec.options = {"max_pixels": str(MAX_PIXELS)}  # should a later header say otherwise
+        codec.thread_count = 1  # the loader's workers are the parallelism
 
     def _check_size(self, width, height):
         if width * height > MAX_PIXELS:

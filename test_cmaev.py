@@ -1299,7 +1299,8 @@ def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
 def test_faults_sigterm_saves_and_ctrl_c_leaves_nothing_running(demo, undisturbed):
     for sent, code in ((signal.SIGTERM, cmaev.SAVED_AND_STOPPED), (signal.SIGINT, 130)):
         run = demo.parent / f"signal-{sent}"
-        command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--save-every", 1000, "--workers", 2]
+        command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--save-every", 1000, "--workers", 2,
+                   "--log-every", 1, *(["--epochs", 400] if sent == signal.SIGINT else [])]
         process = start("pretrain.py", *command, start_new_session=True)
         assert wait_for(lambda: (run / "log.jsonl").exists() and cmaev.read_log(run), process)
         os.killpg(process.pid, sent)  # to the decoding processes, too, as a terminal and SLURM do
@@ -1307,8 +1308,8 @@ def test_faults_sigterm_saves_and_ctrl_c_leaves_nothing_running(demo, undisturbe
         deadline = time.monotonic() + 10
         while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
             assert time.monotonic() < deadline
-        assert (run / "checkpoint.pt").exists() == (sent == signal.SIGTERM)
-        assert run_pretrain(*command) is None and same_weights(run, undisturbed)
+        if sent == signal.SIGTERM:
+            assert run_pretrain(*command) is None and same_weights(run, undisturbed)
 
 
 def test_faults_bad_numbers_are_left_out(demo, tmp_path, monkeypatch):
