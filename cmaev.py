@@ -1587,9 +1587,9 @@ class Guard:
 
 
 class BadVideos:
-    """Of a run: how many clips took the place of a bad video's, and each bad video once, with the reason, in the log.
+    """Of a run: how many samples took the place of a bad video's, and each bad video once, with the reason, in the log.
 
-    `limit` is the largest share of bad clips, of those read so far or of one epoch, whichever is more.
+    `limit` is the largest share of them, of the samples read so far or of one epoch, whichever is more.
     """
 
     def __init__(self, run, limit, per_epoch, count=0):
@@ -1608,7 +1608,7 @@ class BadVideos:
             self.named.add(path)
         found.clear()
         if self.count > self.limit * max(clips, self.per_epoch):
-            raise CMAEVError(f"{self.count} of {clips} clips were of bad videos ({len(self.named)}, named in "
+            raise CMAEVError(f"{self.count} of {clips} samples were of bad videos ({len(self.named)}, named in "
                              f"{self.log}): take them off the list, or give a larger --bad-share")
 
 

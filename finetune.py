@@ -194,7 +194,7 @@ def main():
         start = checkpoint["step"]
     if chief:
         cmaev.start_log(run / "log.jsonl", start)
-    bad = cmaev.BadVideos(run, s.bad_share, per_epoch * s.batch_size * s.repeats,
+    bad = cmaev.BadVideos(run, s.bad_share, per_epoch * s.batch_size,
                           checkpoint["bad"] if checkpoint else 0)
     if start == steps and not s.results:
         return say(f"{run} is finished, all {steps} steps: --eval tests it; for another run, give another --out")
@@ -229,7 +229,7 @@ def main():
         done, last, stop = step + 1, step + 1 == steps, stopped()
         log, save = done % s.log_every == 0 or last, done % s.save_every == 0 or last
         if log or save or stop:
-            bad.note(feed.bad, done, done * s.batch_size * s.repeats)
+            bad.note(feed.bad, done, done * s.batch_size)
             skipped = guard.check(run)  # waits for the device
         if log:
             mean = (cmaev.mean_over_ranks(sums)[0] / sums[1].clamp(min=1)).item()
@@ -255,7 +255,7 @@ def main():
             say(f"stopped by SIGTERM, saved after step {done}: the same command goes on")
             sys.exit(cmaev.SAVED_AND_STOPPED)
 
-    say(f"{bad.count} of {steps * s.batch_size * s.repeats} clips were of bad videos")
+    say(f"{bad.count} of {steps * s.batch_size} samples were of bad videos")
     test(model, tests, names)
 
 

@@ -159,7 +159,7 @@ def main():
         return say(f"{run} is finished, all {steps} steps: for another run, give another --out")
     if chief:
         cmaev.start_log(run / "log.jsonl", start)
-    bad = cmaev.BadVideos(run, s.bad_share, per_epoch * s.batch_size, checkpoint["bad"] if checkpoint else 0)
+    bad = cmaev.BadVideos(run, s.bad_share, per_epoch * per_step, checkpoint["bad"] if checkpoint else 0)
     parameters = sum(p.numel() for p in model.encoder.parameters())
     say(f"{s.encoder}, {parameters / 1e6:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} "
         f"clips, {flops * s.batch_size * steps:.2g} floating-point operations; {world} x {device.type}, "
@@ -176,7 +176,7 @@ def main():
         done, last, stop = step + 1, step + 1 == steps, stopped()
         log, save = done % s.log_every == 0 or last, done % s.save_every == 0 or last
         if log or save or stop:
-            bad.note(feed.bad, done, done * s.batch_size)
+            bad.note(feed.bad, done, done * per_step)
             skipped = guard.check(run)  # waits for the device
         if log:
             *means, _ = (cmaev.mean_over_ranks(sums) / sums[-1].clamp(min=1)).tolist()
@@ -219,7 +219,7 @@ def main():
 
     keep_result()
     say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; {bad.count} of "
-        f"{steps * s.batch_size} clips were of bad videos, {skipped} of {steps} steps were left out")
+        f"{steps * per_step} samples were of bad videos, {skipped} of {steps} steps were left out")
 
 
 def read_videos(s, per_step):

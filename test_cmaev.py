@@ -1432,7 +1432,7 @@ def test_faults_bad_videos_are_named_once_counted_and_limited(demo, spoilt, caps
     count = cmaev.last_losses(runs[0])["bad_clips"]
     assert count > len(named) and f"; {count} of " in output
     end = run_pretrain(*command, "--out", runs[1])
-    assert "clips were of bad videos" in end and end.endswith("or give a larger --bad-share")
+    assert "samples were of bad videos" in end and end.endswith("or give a larger --bad-share")
     assert run_pretrain(*command, "--out", runs[1], "--bad-share", 1, "--workers", 0) is None
     assert same_weights(*runs)
 
