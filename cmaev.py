@@ -1557,10 +1557,12 @@ class Guard:
 
     def step(self, loss, parameters, max_norm):
         """Backward pass and step -> gradient norm, and whether it was a step: bool scalar on the device."""
-        self.scaler.scale(loss).backward()
+        finite = loss.detach().isfinite()
+        poison = torch.where(finite, 1.0, math.nan)  # of every gradient, so that a bad loss alone stops the step, too
+        self.scaler.scale(loss * poison).backward()
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-        fine = loss.detach().isfinite() & (grad_norm.isfinite() | self.fp16)
+        fine = finite & (grad_norm.isfinite() | self.fp16)
         bad = any_rank((~fine).float())
         self.scaler.step(self.optimizer)
         self.scaler.update(None if self.fp16 else 1.0)

@@ -1297,6 +1297,7 @@ def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
 
 
 def test_faults_sigterm_saves_and_ctrl_c_leaves_nothing_running(demo, undisturbed):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
     for sent, code in ((signal.SIGTERM, cmaev.SAVED_AND_STOPPED), (signal.SIGINT, 130)):
         run = demo.parent / f"signal-{sent}"
         command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--save-every", 1000, "--workers", 2,
@@ -1310,6 +1311,19 @@ def test_faults_sigterm_saves_and_ctrl_c_leaves_nothing_running(demo, undisturbe
             assert time.monotonic() < deadline
         if sent == signal.SIGTERM:
             assert run_pretrain(*command) is None and same_weights(run, undisturbed)
+
+
+def test_faults_another_number_of_ranks_goes_on_with_the_same_samples(demo, undisturbed):
+    run = demo.parent / "one-then-two"
+    command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--workers", 0]
+    process = start("pretrain.py", *command)
+    assert wait_for(lambda: (run / "log.jsonl").exists() and cmaev.read_log(run), process)
+    process.terminate()
+    assert process.wait(60) == cmaev.SAVED_AND_STOPPED
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    HERE / "pretrain.py", *map(str, command)], check=True, timeout=300)
+    for line, expected in zip(log_of(run), log_of(undisturbed), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3)
 
 
 def test_faults_bad_numbers_are_left_out(demo, tmp_path, monkeypatch):
@@ -1339,13 +1353,13 @@ def test_faults_a_step_left_out_changes_nothing(dtype):
     layer = torch.nn.Linear(4, 1)
     guard = cmaev.Guard(torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True), dtype, torch.device("cpu"))
     weights = []
-    for factor in (1.0, math.nan, 1e38 if dtype else math.inf, 1.0):
-        _, fine = guard.step(layer(torch.ones(1, 4)).sum() * factor, layer.parameters(), 0)
+    for factor, more in ((1.0, 0), (1.0, math.inf), (math.nan, 0), (1e38 if dtype else math.inf, 0), (1.0, 0)):
+        _, fine = guard.step(layer(torch.ones(1, 4)).sum() * factor + more, layer.parameters(), 0)
         weights.append((layer.weight.detach().clone(), bool(fine)))
-    assert torch.equal(weights[0][0], weights[1][0]) and not torch.equal(weights[2][0], weights[3][0])
-    assert torch.equal(weights[1][0], weights[2][0])  # fp16: overflow of the scaled gradient, which is no fault
-    assert [fine for _, fine in weights] == [True, False, dtype is not None, True]
-    assert guard.check("run") == (1 if dtype else 2)
+    assert all(torch.equal(weights[0][0], weights[i][0]) for i in (1, 2, 3))
+    assert not torch.equal(weights[3][0], weights[4][0])
+    assert [fine for _, fine in weights] == [True, False, False, dtype is not None, True]  # fp16: its own overflow
+    assert guard.check("run") == (2 if dtype else 3)
 
 
 def spoil(good, folder, count):
@@ -1553,7 +1567,8 @@ def test_faults_a_lost_worker_of_four(demo, undisturbed):
     agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2",
                                 "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:29517", "--rdzv_id=lost",
                                 "--max-restarts=2", HERE / "pretrain.py", *map(str, command)],
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+              for _ in range(2)]
     assert wait_for(lambda: (run / "log.jsonl").exists() and cmaev.read_log(run), agents[0], 240)
     workers = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
