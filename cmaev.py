@@ -1539,8 +1539,8 @@ class Batches:
 
 
 def bad_of(batch):
-    """Takes "bad" out of a batch -> its [path, reason] pairs."""
-    return [pair for bad in batch.pop("bad", ()) for pair in json.loads(bad)]
+    """Takes "bad" out of a batch -> of each sample that met bad videos, the list of their [path, reason]."""
+    return [json.loads(bad) for bad in batch.pop("bad", ()) if bad != "[]"]
 
 
 class Guard:
@@ -1602,8 +1602,9 @@ class BadVideos:
 
     def note(self, found, step, clips):
         """What Feed found since the last call, on all ranks. Raises CMAEVError where there are too many."""
-        for path, reason in sorted(gathered(found)):
-            self.count += 1
+        found_by_all = gathered(found)
+        self.count += len(found_by_all)
+        for path, reason in sorted(pair for sample in found_by_all for pair in sample):
             if path not in self.named and this_rank() == 0:
                 print(f"bad video, another takes its place: {reason}", flush=True)
                 add_line(self.log, dict(step=step, bad_video=path, reason=reason))
@@ -1617,8 +1618,7 @@ class BadVideos:
 class Feed:
     """A loader's batches on the device, the clips of all videos in one dimension. Masks and seeds stay on the CPU.
 
-    On CUDA the copies run from pinned memory on a stream of their own, beside the step before. `bad` gathers the bad
-    videos that the samples speak of.
+    On CUDA the copies run from pinned memory on a stream of their own, beside the step before. `bad` gathers bad_of.
     """
 
     def __init__(self, loader, device):
@@ -1680,7 +1680,7 @@ def over_videos(function, clips, batch, workers, device):
     """
     mine, bad = [], []
     for sample in loader(clips, workers, device, batch_size=batch, sampler=share_of_rank(clips)):
-        bad += bad_of(sample)
+        bad += [video for (video,) in bad_of(sample)]
         views = sample["clip"].to(device, non_blocking=True)
         results = function(normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1)
         mine += zip(sample["index"][:, 0].tolist(), results.cpu())
@@ -1701,7 +1701,7 @@ def held_out_reconstruction(model, clips, batch, workers, device):
     for sample in loader(clips, workers, device, batch_size=batch, sampler=share_of_rank(clips)):
         clip = normalize(sample["online"].flatten(0, 1).to(device, non_blocking=True))
         mask = sample["mask"].flatten(0, 1)
-        for _, reason in bad_of(sample):
+        for _, reason in (video for videos in bad_of(sample) for video in videos):
             print(f"bad held-out video, another takes its place: {reason}", flush=True)
         prediction = model.decoder(model.encoder(clip, mask), mask)
         loss = reconstruction_loss(prediction, clip, mask, model.encoder.grid)
