@@ -14,6 +14,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
+GPU = "GPU" in os.environ  # tests that want one: GPU=1 pytest -k gpu; all others run on the CPU, where sums repeat
+if not GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -689,7 +694,7 @@ def score_as_rank(folder):
 
 def launch(world, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__]
-    subprocess.run([*command, folder], check=True, timeout=300, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    subprocess.run([*command, folder], check=True, timeout=300)
     return folder
 
 
@@ -1618,6 +1623,109 @@ def test_faults_long_run_stays_flat(demo, spoilt):
     _, memory, files, processes = zip(*rows)
     assert memory[-1] < 1.03 * memory[1] and len(set(processes)) == 1
     assert max(files[5:]) < max(files[:5]) + 50  # those of samples on their way come and go; a leak would be hundreds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A GPU: GPU=1 pytest -k gpu
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEVICE = torch.device("cuda")
+on_gpu = pytest.mark.skipif(not GPU, reason="wants a GPU: GPU=1 pytest -k gpu")
+
+
+@on_gpu
+@pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
+def test_gpu_losses_and_gradients_are_the_cpus(encoder, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.set_float32_matmul_precision("highest")
+    model, (online, target, mask) = tiny(encoder)
+    losses = model(online, target, mask)
+    losses["loss"].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.to(DEVICE)
+    on_device = model(online.to(DEVICE), target.to(DEVICE), mask)
+    on_device["loss"].backward()
+    for name, value in losses.items():
+        assert on_device[name].item() == pytest.approx(value.item(), rel=1e-4)
+    grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
+
+
+@on_gpu
+def test_gpu_feed_brings_the_same_batches(demo):
+    clips = clips_of(demo, repeats=2)
+    load = lambda device: cmaev.Feed(cmaev.loader(clips, 2, device, batch_sampler=cmaev.Batches(
+        len(clips), 4, 12, 0, 0, 1)), device)
+    plain, feed = load(torch.device("cpu")), load(DEVICE)
+    busy = torch.randn(4096, 4096, device=DEVICE)
+    for _ in range(12):
+        expected, batch = next(plain), next(feed)
+        for _ in range(10):
+            busy = (busy @ busy).tanh()  # the copies run beside this
+        for name, x in expected.items():
+            assert batch[name].is_cuda == (name in ("online", "target")) and torch.equal(batch[name].cpu(), x), name
+    torch.cuda.synchronize()
+    assert 0 <= feed.waited() < 60
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
+def test_gpu_step_never_waits_for_the_device(demo, encoder, dtype):
+    torch.manual_seed(0)
+    clips = clips_of(demo)
+    model = cmaev.CMAEV(encoder, **TINY).to(DEVICE)
+    optimizer = torch.optim.AdamW(cmaev.decay_groups(model, 0.05), lr=1e-4, fused=True)
+    guard = cmaev.Guard(optimizer, dtype, DEVICE)
+    feed = cmaev.Feed(cmaev.loader(clips, 0, DEVICE, batch_sampler=cmaev.Batches(len(clips), 4, 8, 0, 0, 1)), DEVICE)
+    losses = []
+    try:
+        for step in range(8):
+            torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")  # memory and kernels are there by then
+            batch = next(feed)
+            target = cmaev.normalize(cmaev.augment_colors(batch["target"], batch["colors"]))
+            with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+                loss = model(cmaev.normalize(batch["online"]), target, batch["mask"])["loss"]
+            guard.step(loss, model.parameters(), 1.0)
+            model.update_target(0.99)
+            losses.append(loss.detach())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all() and guard.check("run") == 0
+
+
+@on_gpu
+@pytest.mark.parametrize("more", ["--amp bf16", "--amp fp16", "--amp bf16 --compile",
+                                  "--amp none --encoder convvit_tiny"])
+def test_gpu_trains_resumes_and_fine_tunes(demo, tmp_path, monkeypatch, more):
+    command = [*SHORT, "--data", demo / "train.txt", "--out", tmp_path / "run", "--workers", 2, *more.split()]
+    update, calls = cmaev.CMAEV.update_target, []
+
+    def stop_at_ten(self, momentum):
+        update(self, momentum)
+        calls.append(0)
+        if len(calls) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(cmaev.CMAEV, "update_target", stop_at_ten)
+    assert run_pretrain(*command) == str(cmaev.SAVED_AND_STOPPED)
+    assert run_pretrain(*command) is None
+    log = cmaev.read_log(tmp_path / "run")
+    assert log[-1]["step"] == 20 and log[-1]["skipped_steps"] == 0 and log[-1]["loss"] < log[0]["loss"]
+    assert all(0 <= line["data_wait"] < 1 and line["memory_mib"] > 0 for line in log)
+    encoder = more.split("--encoder ")[1:] or ["vit_tiny"]
+    lists = ["--data", demo / "train.txt", "--val", demo / "val.txt", "--init", tmp_path / "run", "--encoder", *encoder]
+    for how in (["--out", tmp_path / "tuned"], ["--probe", "linear"]):
+        assert run_finetune(*TUNE, *lists, *how, "--amp", more.split()[1], "--workers", 2) is None
+
+
+@on_gpu
+def test_gpu_benchmark(demo, capsys):
+    assert run_pretrain(*SHORT, "--data", demo / "train.txt", "--workers", 2, "--amp", "bf16", "--benchmark") is None
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert rows["matrix_tflop_per_s"] > 1 and rows["synthetic"]["data_wait"] < 0.5 and rows["data"]["memory_mib"] > 0
 
 
 if __name__ == "__main__":
