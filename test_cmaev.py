@@ -679,6 +679,15 @@ def as_rank(folder):
         if rank == 0:
             grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             torch.save((means, grads), f"{folder}/{encoder}.pt")
+    model, batch = tiny(batch=8)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    guard = cmaev.Guard(torch.optim.AdamW(model.parameters(), fused=True), None, torch.device("cpu"))
+    steps = []
+    for bad in (False, True, False):
+        loss = parallel(*part_of(batch, rank, 2))["loss"] + (math.inf if bad and rank == 1 else 0)
+        _, fine = guard.step(loss, model.parameters(), 0)
+        steps.append((bool(fine), model.decoder.head.weight.detach().clone()))
+    torch.save(steps, f"{folder}/guard-{rank}.pt")
 
 
 def score_as_rank(folder):
@@ -1376,6 +1385,14 @@ def test_faults_a_step_left_out_changes_nothing(dtype):
     assert not torch.equal(weights[3][0], weights[4][0])
     assert [fine for _, fine in weights] == [True, False, False, dtype is not None, True]  # fp16: its own overflow
     assert guard.check("run") == (2 if dtype else 3)
+
+
+def test_faults_a_bad_loss_on_one_rank_stops_the_step_on_all(two_ranks):
+    (one, weights), (other, same) = (zip(*torch.load(two_ranks / f"guard-{rank}.pt", weights_only=True))
+                                     for rank in (0, 1))
+    assert one == other == (True, False, True)
+    assert all(map(torch.equal, weights, same))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
 def spoil(good, folder, count):
