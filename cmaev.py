@@ -87,6 +87,8 @@ class Video:
     Raises CMAEVError for what cannot be opened, has no frames, or exceeds the limits above.
     """
 
+    container = None
+
     def __init__(self, path):
         self.path, self.deadline = str(path), time.monotonic() + MAX_SECONDS
         if os.path.isdir(path):
@@ -101,6 +103,9 @@ class Video:
                 self._index()
         if self.length == 0:
             raise CMAEVError(f"{path}: no frames in it: give a video file, or a folder of .jpg or .png frames")
+
+    def __del__(self):
+        self._close()
 
     def __len__(self):
         return self.length
@@ -147,7 +152,13 @@ class Video:
             self._check_size(*image_size(data.numpy().tobytes()))
             yield i, decode_image(data, ImageReadMode.RGB).permute(1, 2, 0)
 
+    def _close(self):
+        """PyAV's containers and streams refer to each other: left open, they would wait for Python's collector."""
+        if self.container:
+            self.container.close()
+
     def _open(self):
+        self._close()
         self.container = av.open(f"file:{self.path}", container_options=LOCAL, timeout=MAX_SECONDS)
         if not self.container.streams.video:
             raise CMAEVError(f"{self.path}: has no video stream: take it off the list")
