@@ -159,7 +159,8 @@ class Video:
 
     def _open(self):
         self._close()
-        self.container = av.open(f"file:{self.path}", container_options=LOCAL, timeout=MAX_SECONDS)
+        self.container = av.open(f"file:{self.path}", container_options=LOCAL, timeout=MAX_SECONDS,
+                                 metadata_errors="replace")
         if not self.container.streams.video:
             raise CMAEVError(f"{self.path}: has no video stream: take it off the list")
         self.stream = self.container.streams.video[0]

@@ -39,12 +39,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write(path, codec="libx264", frames=60, size=(48, 64), pixels="yuv420p", times=None, muxer={}, **options):
+def write(path, codec="libx264", frames=60, size=(48, 64), pixels="yuv420p", times=None, muxer={}, title="",
+          **options):
     """A video file of noise that moves, each frame unlike the others; `times` are its timestamps in 1/25 s."""
     height, width = size
     noise = np.random.default_rng(0).integers(0, 256, (height + frames, width, 3), dtype=np.uint8)
     times = times or range(frames)
     with av.open(str(path), "w", options=muxer) as container:
+        container.metadata["title"] = title
         stream = container.add_stream(codec, rate=25, options={k.replace("_", "-"): v for k, v in options.items()})
         stream.height, stream.width, stream.pix_fmt = height, width, pixels
         packets = []
@@ -129,6 +131,15 @@ def test_read_seeks_and_decodes_once(tmp_path, monkeypatch, b_frames):
         assert decoded == between
     else:  # and of those no B-frame that nobody asked for and no other refers to
         assert {205, 210, 215, 5, 125, 130} <= set(decoded) < set(between) and len(decoded) < 0.8 * len(between)
+
+
+def test_tags_in_another_encoding(tmp_path):
+    """Titles of old files are often in Latin-1; nobody here reads them."""
+    good, other = write(tmp_path / "v.mp4", frames=5, title="Caf\u00e9"), tmp_path / "latin1.mp4"
+    other.write_bytes(good.read_bytes().replace("Caf\u00e9".encode(), b"Caf\xe9\xe9"))
+    with pytest.raises(UnicodeDecodeError):
+        av.open(str(other))
+    assert torch.equal(cmaev.Video(other).read(range(5)), cmaev.Video(good).read(range(5)))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
