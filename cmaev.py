@@ -675,6 +675,14 @@ def split_tokens(mask, device=None):
     return numbers.to(device, non_blocking=True).split([mask.shape[1] - counts[0], counts[0]], dim=1)
 
 
+@torch.compiler.disable
+def check_tubes(mask, time_steps):
+    """Raises CMAEVError where a mask bool [B, N] is not the same at every time step."""
+    tubes = mask.unflatten(1, (time_steps, -1))
+    if not torch.equal(tubes, tubes[:, :1].expand_as(tubes)):
+        raise CMAEVError("ConvViT computes whole tubes: its mask must be the same at every time step (tube_mask)")
+
+
 def take(tokens, numbers):
     """The tokens of the given numbers: [B, N, ...], [B, K] -> [B, K, ...]."""
     return tokens.gather(1, numbers.view(*numbers.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:]))
@@ -858,10 +866,20 @@ def spread(x, grid, numbers):
     return x.unflatten(1, grid).transpose(3, 4).flatten(4, 5).flatten(2, 3).movedim(-1, 1)
 
 
-def collect(x, grid, numbers):
-    """The inverse of `spread`: [B, C, T', H' s, W' s] -> [B, N_v, s, s, C]."""
-    x = x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).permute(0, 2, 3, 5, 4, 6, 1).flatten(1, 3)
-    return x if numbers is None else take(x, numbers)
+def collect(x, grid):
+    """The inverse of `spread` without a mask: [B, C, T', H' s, W' s] -> [B, N, s, s, C]."""
+    return x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).permute(0, 2, 3, 5, 4, 6, 1).flatten(1, 3)
+
+
+def windows(x, grid, numbers, reach):
+    """Each visible tube with the pixels and time steps around it, zero where masked: [B, N_v, s, s, C] ->
+    [C, B, T' + 2 reach, N_v / T', (s + 2 reach)^2]."""
+    whole = F.pad(spread(x, grid, numbers), 6 * (reach,))
+    tubes, pixels = numbers[:, :numbers.shape[1] // grid[0]], torch.arange(x.shape[2] + 2 * reach, device=x.device)
+    rows, columns = (n[..., None] * x.shape[2] + pixels for n in (tubes // grid[2], tubes % grid[2]))
+    places = (rows[..., None] * whole.shape[4] + columns[:, :, None]).flatten(2)  # [B, N_v / T', (s + 2 reach)^2]
+    found = whole.flatten(3).gather(3, places.flatten(1)[:, None, None].expand(-1, *whole.shape[1:3], -1))
+    return found.unflatten(3, places.shape[1:]).transpose(0, 1)
 
 
 def merge(x):
@@ -872,8 +890,8 @@ def merge(x):
 class ConvBlock(nn.Module):
     """ConvMAE's masked convolution block on the pixels of visible tokens: [B, N_v, s, s, C], the same out.
 
-    Every layer but one is pointwise, so masked positions need no computing. The depthwise convolution mixes positions:
-    it runs over the whole map, with zeros where masked, and its output is read at the visible positions.
+    Every layer but one is pointwise, so masked positions need no computing. The depthwise convolution mixes positions,
+    with zeros where masked: it runs in windows around the visible tubes.
     """
 
     def __init__(self, width, drop_path=0.0):
@@ -886,17 +904,29 @@ class ConvBlock(nn.Module):
         self.mlp = MLP(width)
         self.drop_path = StochasticDepth(drop_path, "row")
 
-    def mix(self, whole):
-        """The depthwise convolution; on a CPU in float32, where oneDNN's bf16 gradient of the kernel is wrong when the
-        channels come last in memory (torch 2.15), and no faster."""
-        if whole.device.type != "cpu":
-            return self.depthwise(whole)
+    def mix(self, x, grid, numbers):
+        """The depthwise convolution at the visible positions: [B, N_v, s, s, C] -> the same.
+
+        With a mask, as matrix products: the kernel, applied to an image of one pixel for every pixel of a window, gives
+        the matrix of a window's part in each of 5 time steps. On a CPU in float32: oneDNN's bf16 gradient of a
+        depthwise kernel is wrong when the channels come last in memory (torch 2.15), and no faster.
+        """
         with torch.autocast("cpu", enabled=False):
-            return self.depthwise(whole.float())
+            x = x.float() if x.device.type == "cpu" else x
+            if numbers is None:
+                return collect(self.depthwise(spread(x, grid, None)), grid)
+            clips, time_steps, side, channels = len(x), grid[0], x.shape[2], x.shape[4]
+            views, pixels = windows(x, grid, numbers, reach=2), (side + 4) ** 2
+            images = torch.eye(pixels, device=x.device).view(-1, 1, side + 4, side + 4)
+            matrices = F.conv2d(images, self.depthwise.weight.view(-1, 1, 5, 5)).view(pixels, channels, -1)
+            parts = views.flatten(1, 3) @ matrices.transpose(0, 1)  # [C, B (T' + 4) N_v / T', 5 s^2]
+            parts = parts.view(channels, clips, time_steps + 4, -1, 5, side, side)
+            mixed = sum(parts[:, :, i:i + time_steps, :, i] for i in range(5)).flatten(2, 3)  # [C, B, N_v, s, s]
+            return mixed.movedim(0, -1) + self.depthwise.bias
 
     def forward(self, x, grid, numbers):
-        whole = self.mix(spread(self.conv1(self.norm1(x)), grid, numbers))
-        x = x + self.drop_path(self.conv2(collect(whole, grid, numbers)))
+        mixed = self.mix(self.conv1(self.norm1(x)), grid, numbers)
+        x = x + self.drop_path(self.conv2(mixed))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -905,7 +935,8 @@ class ConvViT(Encoder):
 
     Stages 1 and 2 hold 4 x 4 and 2 x 2 pixels of features a token, laid out token by token, [B, N_v, s, s, C]: then a
     patch embedding, whose kernel is its stride, is a matrix product inside the token. For video [choice]: the tubelet
-    sits in the first embedding, the depthwise kernel is 3-D, grid, positions and tube mask are the ViT's.
+    sits in the first embedding, the depthwise kernel is 3-D, grid, positions and tube mask are the ViT's. A mask that
+    is not the same at every time step raises CMAEVError.
     `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's pre-training; its fine-tuning leaves that out.
     """
 
@@ -928,6 +959,8 @@ class ConvViT(Encoder):
         self.apply(init_weights)
 
     def forward(self, clip, mask=None):
+        if mask is not None:
+            check_tubes(mask, self.grid[0])
         x, positions, numbers = self.visible(clip, mask)
         tubelet, patch, _ = self.cube
         x = x.unflatten(-1, (tubelet, 4, patch // 4, 4, patch // 4, 3)).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
@@ -1443,7 +1476,10 @@ def any_rank(x):
 
 
 def only_when_told(worker):
-    """A decoding process leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to all, to its trainer."""
+    """A decoding process leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to all, to its trainer. It ends with
+    it, as torch sees to from here on, and does not begin if that was killed meanwhile."""
+    if os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -367,7 +368,16 @@ def dense_convvit(model, clip, mask):
 def test_convvit_on_visible_tokens_equals_the_dense_masked_computation(masked):
     model, clip = small("convvit"), torch.randn(2, 3, 4, 32, 48)
     mask = cmaev.tube_mask(2, model.grid, 0.5) if masked else torch.zeros(2, 12, dtype=torch.bool)
-    torch.testing.assert_close(model(clip, mask if masked else None), dense_convvit(model, clip, mask))
+    outputs = model(clip, mask if masked else None), dense_convvit(model, clip, mask)
+    torch.testing.assert_close(*outputs)
+    gradients = [torch.autograd.grad(output.square().sum(), list(model.parameters())) for output in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+
+
+def test_convvit_needs_tubes():
+    model, mask = small("convvit"), torch.arange(12).expand(1, -1) % 5 < 2
+    with pytest.raises(cmaev.CMAEVError, match="the same at every time step"):
+        model(torch.randn(1, 3, 4, 32, 48), mask)
 
 
 @pytest.mark.parametrize("name", ["vit", "convvit"])
@@ -1314,9 +1324,10 @@ def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
         command = [*TUNE, "--data", demo / "train.txt", "--val", demo / "val.txt", "--init", undisturbed, "--out", run,
                    "--save-every", 1]
         expected = tuned
-    kills, partial = 0, run / "checkpoint.pt.partial"
+    kills, sessions, partial = 0, [], run / "checkpoint.pt.partial"
     for i in range(20 if LONG else 2):
-        process = start(script, *command, "--workers", i % 3)
+        process = start(script, *command, "--workers", i % 3, start_new_session=True)
+        sessions.append(process.pid)
         began = time.time()
         if i % 2 == 0:
             wait_for(partial.exists, process)
@@ -1328,6 +1339,7 @@ def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
     assert kills >= (10 if LONG else 1)  # the last ones may come after the end
     process = start(script, *command)
     assert process.wait() == 0, process.stderr.read()
+    assert not subprocess.run(["pgrep", "-s", ",".join(map(str, sessions))], capture_output=True).stdout
     assert same_weights(run, expected) and not partial.exists()
     keep = ("step", "loss", "grad_norm", "lr")
     logs = [[[line[name] for name in keep] for line in cmaev.read_log(r) if "loss" in line] for r in (run, expected)]
@@ -1349,6 +1361,24 @@ def test_faults_sigterm_saves_and_ctrl_c_leaves_nothing_running(demo, undisturbe
             assert time.monotonic() < deadline
         if sent == signal.SIGTERM:
             assert run_pretrain(*command) is None and same_weights(run, undisturbed)
+
+
+def test_faults_a_decoding_process_does_not_outlive_a_trainer_killed_at_its_start():
+    ours, theirs = os.pipe()
+
+    def decode():
+        time.sleep(0.5)
+        cmaev.only_when_told(0)
+        os.write(theirs, b"still there")
+        os._exit(0)
+    trainer = os.fork()
+    if trainer == 0:
+        multiprocessing.get_context("fork").Process(target=decode).start()
+        os._exit(0)
+    os.waitpid(trainer, 0)
+    os.close(theirs)
+    assert os.read(ours, 100) == b""
+    os.close(ours)
 
 
 def test_faults_another_number_of_ranks_goes_on_with_the_same_samples(demo, undisturbed):
