@@ -872,14 +872,16 @@ def collect(x, grid):
 
 
 def windows(x, grid, numbers, reach):
-    """Each visible tube with the pixels and time steps around it, zero where masked: [B, N_v, s, s, C] ->
-    [C, B, T' + 2 reach, N_v / T', (s + 2 reach)^2]."""
-    whole = F.pad(spread(x, grid, numbers), 6 * (reach,))
-    tubes, pixels = numbers[:, :numbers.shape[1] // grid[0]], torch.arange(x.shape[2] + 2 * reach, device=x.device)
-    rows, columns = (n[..., None] * x.shape[2] + pixels for n in (tubes // grid[2], tubes % grid[2]))
-    places = (rows[..., None] * whole.shape[4] + columns[:, :, None]).flatten(2)  # [B, N_v / T', (s + 2 reach)^2]
-    found = whole.flatten(3).gather(3, places.flatten(1)[:, None, None].expand(-1, *whole.shape[1:3], -1))
-    return found.unflatten(3, places.shape[1:]).transpose(0, 1)
+    """Each visible cube with the pixels around it, zero where masked: [B, N_v, s, s, C] ->
+    [C, B, T', N_v / T', (s + 2 reach)^2]."""
+    clips, side, window = len(x), x.shape[2], x.shape[2] + 2 * reach
+    tubes = numbers[:, :numbers.shape[1] // grid[0]]
+    places = torch.arange(1, tubes.shape[1] * side**2 + 1, device=x.device)  # of the visible pixels; 0: masked
+    places = spread(places.view(1, -1, side, side, 1).expand(clips, -1, -1, -1, -1), (1, *grid[1:]), tubes)[:, 0, 0]
+    around = F.pad(places, 4 * (reach,)).unfold(1, window, side).unfold(2, window, side).flatten(1, 2)
+    around = take(around, tubes).flatten(1)  # [B, N_v / T' (s + 2 reach)^2]
+    pixels = F.pad(x.unflatten(1, (grid[0], -1)).movedim(-1, 0).flatten(3), (1, 0))  # [C, B, T', 1 + N_v / T' s^2]
+    return pixels.gather(3, around[None, :, None].expand(*pixels.shape[:3], -1)).unflatten(3, (-1, window**2))
 
 
 def merge(x):
@@ -908,8 +910,8 @@ class ConvBlock(nn.Module):
         """The depthwise convolution at the visible positions: [B, N_v, s, s, C] -> the same.
 
         With a mask, as matrix products: the kernel, applied to an image of one pixel for every pixel of a window, gives
-        the matrix of a window's part in each of 5 time steps. On a CPU in float32: oneDNN's bf16 gradient of a
-        depthwise kernel is wrong when the channels come last in memory (torch 2.15), and no faster.
+        the matrix of a cube's part in each of the 5 time steps around it. On a CPU in float32: oneDNN's bf16 gradient
+        of a depthwise kernel is wrong when the channels come last in memory (torch 2.15), and no faster.
         """
         with torch.autocast("cpu", enabled=False):
             x = x.float() if x.device.type == "cpu" else x
@@ -919,9 +921,10 @@ class ConvBlock(nn.Module):
             views, pixels = windows(x, grid, numbers, reach=2), (side + 4) ** 2
             images = torch.eye(pixels, device=x.device).view(-1, 1, side + 4, side + 4)
             matrices = F.conv2d(images, self.depthwise.weight.view(-1, 1, 5, 5)).view(pixels, channels, -1)
-            parts = views.flatten(1, 3) @ matrices.transpose(0, 1)  # [C, B (T' + 4) N_v / T', 5 s^2]
-            parts = parts.view(channels, clips, time_steps + 4, -1, 5, side, side)
-            mixed = sum(parts[:, :, i:i + time_steps, :, i] for i in range(5)).flatten(2, 3)  # [C, B, N_v, s, s]
+            parts = views.flatten(1, 3) @ matrices.transpose(0, 1)  # [C, B N_v, 5 s^2]
+            parts = parts.view(channels, clips, time_steps, -1, 5, side, side).unbind(4)
+            shifted = (F.pad(part, (0, 0, 0, 0, 0, 0, 2 - i, i - 2)) for i, part in enumerate(parts))  # in time
+            mixed = sum(shifted).flatten(2, 3)  # [C, B, N_v, s, s]
             return mixed.movedim(0, -1) + self.depthwise.bias
 
     def forward(self, x, grid, numbers):
