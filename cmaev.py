@@ -405,23 +405,82 @@ def seeded(*key):
         yield torch.default_generator.manual_seed(seed_of(*key))
 
 
-COLOR_AUGMENTATION = v2.Compose([  # of the target view [CMAE]
-    v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-    v2.RandomGrayscale(p=0.2),
-    v2.RandomApply([v2.GaussianBlur(13, sigma=(0.1, 2.0))], p=0.5),  # 13 = 3 sigma to either side
-])
+def grey(x):
+    """Luma of RGB: [..., 3, S, S] -> [..., 1, S, S]."""
+    r, g, b = x.unbind(-3)
+    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(-3)
 
 
-def augment_colors(clips, seeds):
-    """One draw of COLOR_AUGMENTATION a clip, the same for its frames: uint8 [B, T, 3, S, S], int64 [B] -> the same.
+def turn_hue(x, part):
+    """Turns the hue of RGB by a part of the full circle.
 
-    On the clips' device: on a CPU it takes longer than decoding does.
+    With h the hue in sixths, red, green and blue are max - (max - min) f(h + 5), f(h + 3), f(h + 1), where f(k) is
+    min(k, 4 - k) of k modulo 6, kept within 0 and 1.
     """
-    augmented = []
-    for clip, seed in zip(clips, seeds.tolist()):
-        with seeded(seed):
-            augmented.append(COLOR_AUGMENTATION(clip))
-    return torch.stack(augmented)
+    r, g, b = x.unbind(-3)
+    most, spread = x.amax(-3), x.amax(-3) - x.amin(-3)
+    unit = spread.clamp(min=1e-6)
+    h = torch.where(most == r, (g - b) / unit, torch.where(most == g, (b - r) / unit + 2, (r - g) / unit + 4))
+    h = h + 6 * part.squeeze(-3)
+    k = torch.stack([h + 5, h + 3, h + 1], dim=-3) % 6
+    return most.unsqueeze(-3) - spread.unsqueeze(-3) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def blur(x, sigma):
+    """Gaussian blur of 13 taps, by a matrix product over rows and one over columns; at an edge, of the taps inside."""
+    pixel = torch.arange(x.shape[-1], device=x.device)
+    distance = (pixel[:, None] - pixel).abs()
+    distance = distance.where(distance <= 6, math.inf)
+    matrix = (-(distance / sigma.flatten(1)[..., None]).square() / 2).softmax(dim=-1)  # [B, S, S]
+    for _ in range(2):
+        x = (x.mT.flatten(1, 3) @ matrix.mT).view_as(x)
+    return x
+
+
+COLOR_OPERATIONS = (  # of clips [B, T, 3, S, S] with amounts [B, 1, 1, 1, 1], as torchvision defines them
+    lambda x, brightness: brightness * x,
+    lambda x, contrast: torch.lerp(grey(x).mean(dim=(-2, -1), keepdim=True), x, contrast),
+    lambda x, saturation: torch.lerp(grey(x), x, saturation),
+    turn_hue,
+    blur,
+)
+
+
+def draw_colors():
+    """One clip's draw of the target view's colour augmentation [CMAE] -> float32 [6, 2]: operations, one after the
+    other, by their number in COLOR_OPERATIONS (-1: none), and their amounts."""
+    draw = torch.full((6, 2), -1.0)
+    if torch.rand(()) < 0.8:  # ColorJitter(0.4, 0.4, 0.4, 0.1)
+        order, amounts = torch.randperm(4), torch.tensor([0.4, 0.4, 0.4, 0.1]) * (2 * torch.rand(4) - 1)
+        draw[:4] = torch.stack([order, (torch.tensor([1, 1, 1, 0]) + amounts)[order]], dim=1)
+    if torch.rand(()) < 0.2:
+        draw[4] = torch.tensor([2, 0])  # grey: a saturation of 0
+    if torch.rand(()) < 0.5:
+        draw[5] = torch.tensor([4, 0.1 + 1.9 * torch.rand(())])
+    return draw
+
+
+def augment_colors(clips, draws):
+    """Each clip by its draw, all frames alike: uint8 [B, T, 3, S, S], float32 [B, 6, 2] -> float32, in 0 to 255.
+
+    Six times, all clips that have the same operation to come go through it together: on a GPU hundreds of kernels
+    a step instead of a hundred a clip. With draws on the CPU nothing waits for the device.
+    """
+    clips = clips.float()
+    for step in draws.unbind(dim=1):
+        for number, operation in enumerate(COLOR_OPERATIONS):
+            rows = (step[:, 0] == number).nonzero()[:, 0]
+            if len(rows):
+                rows, amounts = to_device(rows, clips.device), to_device(step[rows, 1], clips.device)
+                clips[rows] = operation(clips[rows], amounts.view(-1, 1, 1, 1, 1)).clamp(0, 255)
+    return clips
+
+
+def to_device(x, device):
+    """A tensor on a device; from the CPU to a GPU through pinned memory, without waiting for it."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def replaced_if_bad(sample, videos, seed, key):
@@ -449,7 +508,7 @@ class PretrainClips(Dataset):
     mask, come out of one opened video [mae_st]. dataset[epoch, index] is a dict, R = repeats, S = size:
         online  uint8 [R, T, 3, S, S]   the view to be masked
         target  uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
-        colors  int64 [R]               seeds of the target's colour augmentation (augment_colors)
+        colors  float32 [R, 6, 2]       draws of the target's colour augmentation (draw_colors)
         mask    bool [R, N]             True = masked
         bad     str                     bad videos that this sample takes the place of (replaced_if_bad)
     """
@@ -477,7 +536,7 @@ class PretrainClips(Dataset):
                 0, clip.shape) for clip in indices])  # [R, 2, T, 3, S, S]
             sample = {"online": views[:, 0], "mask": tube_mask(self.repeats, self.grid, self.mask_ratio, generator)}
             if self.two_views:
-                sample.update(target=views[:, 1], colors=torch.randint(2**62, (self.repeats,), generator=generator))
+                sample.update(target=views[:, 1], colors=torch.stack([draw_colors() for _ in range(self.repeats)]))
         return sample
 
     def crop(self, frames, generator):
@@ -630,7 +689,7 @@ def channel_statistics(device):
 
 
 def normalize(clips):
-    """uint8 [B, T, 3, H, W] as the dataset gives it -> float32 [B, 3, T, H, W] as the models take it."""
+    """Values in 0 to 255 [B, T, 3, H, W] as the dataset gives them -> float32 [B, 3, T, H, W] as the models take it."""
     mean, std = channel_statistics(clips.device)
     return (clips.transpose(1, 2) / 255 - mean) / std
 
@@ -669,10 +728,8 @@ def split_tokens(mask, device=None):
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) > 1:
         raise CMAEVError(f"a mask hides {min(counts)} to {max(counts)} tokens: all clips of a batch must have the same")
-    numbers = mask.byte().argsort(dim=1, stable=True)
-    if numbers.device.type == "cpu" and device is not None and device.type == "cuda":
-        numbers = numbers.pin_memory()
-    return numbers.to(device, non_blocking=True).split([mask.shape[1] - counts[0], counts[0]], dim=1)
+    numbers = to_device(mask.byte().argsort(dim=1, stable=True), device or mask.device)
+    return numbers.split([mask.shape[1] - counts[0], counts[0]], dim=1)
 
 
 @torch.compiler.disable

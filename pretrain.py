@@ -137,7 +137,7 @@ def main():
         pixels = lambda: torch.randint(256, (1, count, s.frames, 3, s.size, s.size), dtype=torch.uint8)
         synthetic = dict(online=pixels(), mask=cmaev.tube_mask(count, model.encoder.grid, s.mask_ratio)[None])
         if s.contrast_weight:
-            synthetic.update(target=pixels(), colors=torch.arange(count)[None])
+            synthetic.update(target=pixels(), colors=torch.stack([cmaev.draw_colors() for _ in range(count)])[None])
         if device.type == "cuda":
             synthetic = {name: x.pin_memory() for name, x in synthetic.items()}
         return benchmark(s, train_step, synthetic, load if videos else None, workers, flops, dtype, device, world, say)

@@ -233,15 +233,54 @@ def test_sample_against_a_plain_decode(demo):
     assert sample["mask"].shape == (3, 32) and (sample["mask"].sum(dim=1) == 24).all()
 
 
-def test_color_augmentation_is_one_draw_a_clip(demo):
-    frame = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
-    clips, seeds = frame.expand(20, 4, -1, -1, -1), torch.arange(20)
-    colored = cmaev.augment_colors(clips, seeds)
+def test_color_augmentation_is_torchvisions_clip_by_clip():
+    f = cmaev.v2.functional
+    theirs = (f.adjust_brightness, f.adjust_contrast, f.adjust_saturation, f.adjust_hue,
+              lambda clip, sigma: f.gaussian_blur(clip, [13, 13], [sigma, sigma]))
+    clips = torch.randint(0, 256, (60, 2, 3, 32, 32), dtype=torch.uint8)
+    clips[::3, :, 1] = clips[::3, :, 0]  # two channels alike
+    clips[::7] = clips[::7, :, :1]  # grey
+    with cmaev.seeded(3):
+        draws = torch.stack([cmaev.draw_colors() for _ in clips])
+    before = clips.clone()
+    colored = cmaev.augment_colors(clips, draws)
+    assert torch.equal(clips, before) and colored.dtype == torch.float32
+    for clip, draw, result in zip(clips, draws.tolist(), colored):
+        expected = clip / 255
+        for number, amount in draw:
+            expected = expected if number < 0 else theirs[int(number)](expected, amount)
+        inside = slice(6, -6) if draw[-1][0] == 4 else slice(None)  # at the edges torchvision's blur mirrors
+        torch.testing.assert_close(result[..., inside, inside], 255 * expected[..., inside, inside], rtol=0, atol=0.01)
+    flat = torch.full((1, 1, 3, 32, 32), 100, dtype=torch.uint8)
+    torch.testing.assert_close(cmaev.augment_colors(flat, torch.tensor([[[4, 2.0]]])), flat.float())  # edges, too
+
+
+def test_draws_of_colors():
+    """ColorJitter(0.4, 0.4, 0.4, 0.1) with p = .8, its order random, grey with p = .2, blur of sigma .1 to 2 with .5."""
+    with cmaev.seeded(4):
+        draws = torch.stack([cmaev.draw_colors() for _ in range(4000)])
+    numbers, amounts = draws.unbind(2)
+    jittered = numbers[:, 0] >= 0
+    assert torch.stack([jittered, numbers[:, 4] == 2, numbers[:, 5] == 4]).float().mean(dim=1).tolist() == (
+        pytest.approx([0.8, 0.2, 0.5], abs=0.03))
+    assert numbers[~jittered, :4].unique().tolist() == [-1] and amounts[numbers[:, 4] == 2, 4].unique().tolist() == [0]
+    assert (numbers[jittered, :4].sort(dim=1).values == torch.arange(4)).all()
+    for number, (low, high) in enumerate(((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1))):
+        assert (numbers[jittered, 0] == number).float().mean() == pytest.approx(0.25, abs=0.04)
+        drawn = amounts[:, :4][numbers[:, :4] == number]
+        assert [drawn.min(), drawn.mean(), drawn.max()] == pytest.approx(
+            [low, (low + high) / 2, high], abs=0.03 * (high - low))
+    sigmas = amounts[numbers[:, 5] == 4, 5]
+    assert [sigmas.min(), sigmas.mean(), sigmas.max()] == pytest.approx([0.1, 1.05, 2], abs=0.05)
+
+
+def test_colors_are_drawn_for_each_clip_and_are_the_same_for_its_frames(demo):
+    draws = torch.cat([clips_of(demo, repeats=10)[i, 0]["colors"] for i in range(2)])
+    assert draws.shape == (20, 6, 2) and len({str(draw) for draw in draws.tolist()}) > 15  # some change nothing
+    clips = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8).expand(20, 4, -1, -1, -1)
+    colored = cmaev.augment_colors(clips, draws)
     assert (colored == colored[:, :1]).all()
-    assert len({clip.numpy().tobytes() for clip in colored}) > 15  # of 20; some draws change nothing
-    assert torch.equal(cmaev.augment_colors(clips[5:7], seeds[5:7]), colored[5:7])  # by its seed alone
-    first, second = clips_of(demo, repeats=3)[0, 0]["colors"], clips_of(demo, repeats=3)[1, 0]["colors"]
-    assert len({*first.tolist(), *second.tolist()}) == 6
+    torch.testing.assert_close(cmaev.augment_colors(clips[5:7], draws[5:7]), colored[5:7])  # whatever is beside it
 
 
 def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
