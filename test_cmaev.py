@@ -1349,6 +1349,16 @@ def wait_for(what, process, seconds=120):
     return process.poll() is None
 
 
+def all_gone(*groups, seconds=30):
+    """Whether the processes of these groups end: a decoding process asks every 5 s whether its trainer lives."""
+    deadline = time.monotonic() + seconds
+    while alive := subprocess.run(["pgrep", "-g", ",".join(map(str, groups))], capture_output=True).stdout:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return not alive
+
+
 def same_weights(*runs):
     states = [torch.load(run / "checkpoint.pt", weights_only=True)["model"] for run in runs]
     return all(torch.equal(states[0][name], states[1][name]) for name in states[1])
@@ -1363,10 +1373,10 @@ def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
         command = [*TUNE, "--data", demo / "train.txt", "--val", demo / "val.txt", "--init", undisturbed, "--out", run,
                    "--save-every", 1]
         expected = tuned
-    kills, sessions, partial = 0, [], run / "checkpoint.pt.partial"
+    kills, groups, partial = 0, [], run / "checkpoint.pt.partial"
     for i in range(20 if LONG else 2):
         process = start(script, *command, "--workers", i % 3, start_new_session=True)
-        sessions.append(process.pid)
+        groups.append(process.pid)
         began = time.time()
         if i % 2 == 0:
             wait_for(partial.exists, process)
@@ -1378,7 +1388,7 @@ def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
     assert kills >= (10 if LONG else 1)  # the last ones may come after the end
     process = start(script, *command)
     assert process.wait() == 0, process.stderr.read()
-    assert not subprocess.run(["pgrep", "-s", ",".join(map(str, sessions))], capture_output=True).stdout
+    assert all_gone(*groups)
     assert same_weights(run, expected) and not partial.exists()
     keep = ("step", "loss", "grad_norm", "lr")
     logs = [[[line[name] for name in keep] for line in cmaev.read_log(r) if "loss" in line] for r in (run, expected)]
@@ -1395,9 +1405,7 @@ def test_faults_sigterm_saves_and_ctrl_c_leaves_nothing_running(demo, undisturbe
         assert wait_for(lambda: (run / "log.jsonl").exists() and cmaev.read_log(run), process)
         os.killpg(process.pid, sent)  # to the decoding processes, too, as a terminal and SLURM do
         assert process.wait(60) == code, process.stderr.read()
-        deadline = time.monotonic() + 10
-        while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
-            assert time.monotonic() < deadline
+        assert all_gone(process.pid, seconds=10)
         if sent == signal.SIGTERM:
             assert run_pretrain(*command) is None and same_weights(run, undisturbed)
 
