@@ -438,9 +438,9 @@ def blur(x, sigma):
 
 
 COLOR_OPERATIONS = (  # of clips [B, T, 3, S, S] with amounts [B, 1, 1, 1, 1], as torchvision defines them
-    lambda x, brightness: brightness * x,
-    lambda x, contrast: torch.lerp(grey(x).mean(dim=(-2, -1), keepdim=True), x, contrast),
-    lambda x, saturation: torch.lerp(grey(x), x, saturation),
+    lambda x, brightness: (brightness * x).clamp(0, 255),
+    lambda x, contrast: torch.lerp(grey(x).mean(dim=(-2, -1), keepdim=True), x, contrast).clamp(0, 255),
+    lambda x, saturation: torch.lerp(grey(x), x, saturation).clamp(0, 255),
     turn_hue,
     blur,
 )
@@ -460,19 +460,20 @@ def draw_colors():
     return draw
 
 
-def augment_colors(clips, draws):
+def augment_colors(clips, draws, operations=COLOR_OPERATIONS):
     """Each clip by its draw, all frames alike: uint8 [B, T, 3, S, S], float32 [B, 6, 2] -> float32, in 0 to 255.
 
     Six times, all clips that have the same operation to come go through it together: on a GPU hundreds of kernels
-    a step instead of a hundred a clip. With draws on the CPU nothing waits for the device.
+    a step instead of a hundred a clip; fewer with `operations` compiled. With draws on the CPU nothing waits for the
+    device.
     """
     clips = clips.float()
     for step in draws.unbind(dim=1):
-        for number, operation in enumerate(COLOR_OPERATIONS):
+        for number, operation in enumerate(operations):
             rows = (step[:, 0] == number).nonzero()[:, 0]
             if len(rows):
                 rows, amounts = to_device(rows, clips.device), to_device(step[rows, 1], clips.device)
-                clips[rows] = operation(clips[rows], amounts.view(-1, 1, 1, 1, 1)).clamp(0, 255)
+                clips[rows] = operation(clips[rows], amounts.view(-1, 1, 1, 1, 1))
     return clips
 
 

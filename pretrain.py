@@ -111,17 +111,21 @@ def main():
     sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=device)  # since the last log line, and how many
 
     trained = DistributedDataParallel(model) if world > 1 else model
+    normalize, colors = cmaev.normalize, cmaev.COLOR_OPERATIONS
     if s.compile:
-        trained = torch.compile(trained)
+        trained, normalize = torch.compile(trained), torch.compile(normalize)
+        colors = [torch.compile(operation, dynamic=True) for operation in colors]  # any number of clips
     workers = cmaev.worker_count(s.workers, device)
     load = lambda steps, start=0: cmaev.Feed(cmaev.loader(clips, workers, device, batch_sampler=cmaev.Batches(
         len(videos), per_step, steps, s.seed, rank, world, start)), device)
 
     def train_step(batch, lr):
-        online, target = cmaev.normalize(batch["online"]), None
+        online, target = normalize(batch["online"]), None
         if s.contrast_weight:
-            target = cmaev.augment_colors(batch["target"], batch["colors"]) if s.color_augment else batch["target"]
-            target = cmaev.normalize(target)
+            target = batch["target"]
+            if s.color_augment:
+                target = cmaev.augment_colors(target, batch["colors"], colors)
+            target = normalize(target)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with autocast():

@@ -283,6 +283,20 @@ def test_colors_are_drawn_for_each_clip_and_are_the_same_for_its_frames(demo):
     torch.testing.assert_close(cmaev.augment_colors(clips[5:7], draws[5:7]), colored[5:7])  # whatever is beside it
 
 
+def test_color_operations_compile_once_for_any_number_of_clips():
+    graphs, counts = [], []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    compiled = [torch.compile(operation, dynamic=True, backend=backend) for operation in cmaev.COLOR_OPERATIONS]
+    with cmaev.seeded(5):
+        for count in [7, 1, 2, *range(3, 20)]:
+            clips = torch.randint(0, 256, (count, 2, 3, 16, 16), dtype=torch.uint8)
+            draws = torch.stack([cmaev.draw_colors() for _ in clips])
+            colored = cmaev.augment_colors(clips, draws, compiled)
+            torch.testing.assert_close(colored, cmaev.augment_colors(clips, draws))
+            counts.append(len(graphs))
+    assert counts[-1] <= 3 * len(compiled) and counts[-1] == counts[-10]
+
+
 def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
     clips, before = clips_of(demo, repeats=2), torch.get_rng_state()
     clips[0, 0]
