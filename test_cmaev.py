@@ -23,6 +23,8 @@ if not GPU:
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import write_jpeg, write_png
@@ -1774,6 +1776,70 @@ def test_faults_reading_stays_flat(demo, spoilt):
 # ---------------------------------------------------------------------------------------------------------------------
 # A GPU: GPU=1 pytest -k gpu
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class PretendedGPU(FakeTensorMode):
+    """Tensors on the CPU are real. Those on the GPU have shapes and no values: whatever asks for one, as .item() and
+    boolean indexing do, is an error, and so is work on tensors of both."""
+
+    def dispatch(self, operation, types, args=(), kwargs=None):
+        of_gpu = lambda x: isinstance(x, FakeTensor) or isinstance(x, torch.device) and x.type == "cuda"
+        if any(map(of_gpu, tree_leaves((args, kwargs)))):
+            return super().dispatch(operation, types, args, kwargs)
+        with unset_fake_temporarily():
+            return operation(*args, **(kwargs or {}))
+
+
+class TwoBatches(cmaev.Feed):
+    """A feed of two batches, read on the CPU, and put on the pretended GPU as Feed puts them on a GPU."""
+
+    def __init__(self, batches, device):
+        super().__init__(batches, torch.device("cpu"))
+        self.gpu, self.left = device, 2
+
+    def __next__(self):
+        if not self.left:
+            raise KeyboardInterrupt  # the scripts end with 130
+        self.left -= 1
+        return {name: x if name in ("mask", "colors") else x.to(self.gpu) for name, x in super().__next__().items()}
+
+
+def empty_gradients(loss, *_, **__):
+    """In place of backward(), which wants a GPU's own threads: an empty gradient for each weight that the loss has."""
+    nodes = [loss.grad_fn]
+    for node in nodes:
+        nodes += {following for following, _ in node.next_functions if following} - set(nodes)
+        if hasattr(node, "variable"):
+            node.variable.grad = torch.empty_like(node.variable)
+
+
+@pytest.mark.filterwarnings("ignore:.pin_memory. argument is set")
+@pytest.mark.parametrize("script, more", [
+    ("pretrain", "--amp bf16"), ("pretrain", "--amp fp16 --clip-grad 1"), ("pretrain", "--contrast-weight 0"),
+    ("pretrain", "--amp bf16 --encoder convvit_tiny --repeats 2"), ("finetune", "--amp bf16 --mixup 0 --cutmix 0"),
+    ("finetune", "--amp fp16 --encoder convvit_tiny --mixup 0 --cutmix 0")])
+def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, script, more):
+    """Two steps of the scripts themselves, without mixup: pretended tensors cannot become torchvision's subclass.
+
+    Backward passes: test_gpu_step_never_waits_for_the_device, on a GPU.
+    """
+    device, updates = torch.device("cuda", 0), []
+    monkeypatch.setattr(cmaev, "join_ranks", lambda: (0, 1, device))
+    monkeypatch.setattr(cmaev, "device_name", str)
+    monkeypatch.setattr(cmaev, "_channel_statistics", cmaev._channel_statistics.__wrapped__)
+    monkeypatch.setattr(cmaev, "Feed", TwoBatches)
+    monkeypatch.setattr(torch.Tensor, "backward", empty_gradients)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    adamw = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *how, **more: updates.append(0) or adamw(*how, **more))
+    settings, run = (SHORT, run_pretrain) if script == "pretrain" else ([*TUNE, "--init", "none"], run_finetune)
+    with PretendedGPU(allow_non_fake_inputs=True):
+        ended = run(*settings, "--data", demo / "train.txt", *(["--val", demo / "val.txt"] * (script == "finetune")),
+                    "--out", tmp_path, "--workers", 0, *more.split(), "--log-every", 100, "--save-every", 100)
+    assert ended == "130" and len(updates) == 2
+
 
 DEVICE = torch.device("cuda")
 on_gpu = pytest.mark.skipif(not GPU, reason="wants a GPU: GPU=1 pytest -k gpu")
