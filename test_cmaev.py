@@ -1813,6 +1813,7 @@ def empty_gradients(loss, *_, **__):
             node.variable.grad = torch.empty_like(node.variable)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.8 wants a driver for this, 2.11 none")
 @pytest.mark.filterwarnings("ignore:.pin_memory. argument is set")
 @pytest.mark.parametrize("script, more", [
     ("pretrain", "--amp bf16"), ("pretrain", "--amp fp16 --clip-grad 1"), ("pretrain", "--contrast-weight 0"),
