@@ -1538,8 +1538,10 @@ def any_rank(x):
 
 
 def only_when_told(worker):
-    """A decoding process leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to all, to its trainer. It ends with
-    it, as torch sees to from here on, and does not begin if that was killed meanwhile."""
+    """A decoding process leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to all, to its trainer.
+
+    It ends with it, as torch sees to from here on, and does not begin if that was killed meanwhile.
+    """
     if os.getppid() != multiprocessing.parent_process().pid:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

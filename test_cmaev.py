@@ -258,7 +258,7 @@ def test_color_augmentation_is_torchvisions_clip_by_clip():
 
 
 def test_draws_of_colors():
-    """ColorJitter(0.4, 0.4, 0.4, 0.1) with p = .8, its order random, grey with p = .2, blur of sigma .1 to 2 with .5."""
+    """ColorJitter(0.4, 0.4, 0.4, 0.1) with p .8, its order random, grey with p .2, blur of sigma .1 to 2 with p .5."""
     with cmaev.seeded(4):
         draws = torch.stack([cmaev.draw_colors() for _ in range(4000)])
     numbers, amounts = draws.unbind(2)
