@@ -65,6 +65,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 # What a video that a stranger made may ask for: more makes it a bad one
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,gif,mxf,nut,dv"  # no playlists
 LOCAL = dict(protocol_whitelist="file", format_whitelist=CONTAINERS)  # no network, no other file
+ANY_METADATA = {} if int(av.__version__.split(".")[0]) > 18 else dict(metadata_errors="replace")  # PyAV 19: always
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
 MAX_BYTES = 2**32  # of the frames of one sample, before they are cropped
 MAX_SECONDS = 60  # for one file
@@ -144,6 +145,7 @@ class Video:
         except CMAEVError:
             raise
         except (av.error.FFmpegError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            error.__traceback__ = None  # whose frames and itself would keep each other, and the file open (Python 3.12)
             raise CMAEVError(f"{self.path}: cannot be {what}: {one_line(error)}") from None
 
     def _read_images(self, wanted):
@@ -159,8 +161,7 @@ class Video:
 
     def _open(self):
         self._close()
-        self.container = av.open(f"file:{self.path}", container_options=LOCAL, timeout=MAX_SECONDS,
-                                 metadata_errors="replace")
+        self.container = av.open(f"file:{self.path}", container_options=LOCAL, timeout=MAX_SECONDS, **ANY_METADATA)
         if not self.container.streams.video:
             raise CMAEVError(f"{self.path}: has no video stream: take it off the list")
         self.stream = self.container.streams.video[0]

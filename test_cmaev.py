@@ -141,8 +141,9 @@ def test_tags_in_another_encoding(tmp_path):
     """Titles of old files are often in Latin-1; nobody here reads them."""
     good, other = write(tmp_path / "v.mp4", frames=5, title="Caf\u00e9"), tmp_path / "latin1.mp4"
     other.write_bytes(good.read_bytes().replace("Caf\u00e9".encode(), b"Caf\xe9\xe9"))
-    with pytest.raises(UnicodeDecodeError):
-        av.open(str(other))
+    if int(av.__version__.split(".")[0]) < 19:
+        with pytest.raises(UnicodeDecodeError):
+            av.open(str(other))
     assert torch.equal(cmaev.Video(other).read(range(5)), cmaev.Video(good).read(range(5)))
 
 
