@@ -145,7 +145,7 @@ class Video:
         except CMAEVError:
             raise
         except (av.error.FFmpegError, OSError, RuntimeError, ValueError, MemoryError) as error:
-            error.__traceback__ = None  # whose frames and itself would keep each other, and the file open (Python 3.12)
+            error.__traceback__ = None  # from Python 3.12 on in a cycle with its frames, which keep the file open
             raise CMAEVError(f"{self.path}: cannot be {what}: {one_line(error)}") from None
 
     def _read_images(self, wanted):
