@@ -35,7 +35,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from copy import deepcopy
 from pathlib import Path
@@ -59,20 +59,52 @@ except ImportError:  # Windows
     resource = None
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in VideoMAE
-VIDEO_SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .flv .wmv .3gp .ogv".split())
+VIDEO_SUFFIXES = set(
+    ".mp4 .m4v .mov .qt .3gp .3g2 .f4v .mkv .webm .avi .divx .mpg .mpeg .mpe .m1v .m2v .mpv .vob .ts .mts .m2t .m2ts "
+    ".flv .wmv .asf .ogv .ogm .mxf .gif .apng .y4m .mjpeg .mjpg .rm .rmvb .dv .nut .ivf .obu .h264 .264 .hevc .h265 "
+    ".265 .wtv".split())
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
+# Containers that hold their frames themselves: no playlists, no lists of other files
+CONTAINERS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,gif,apng,yuv4mpegpipe,mjpeg,jpeg_pipe,mpjpeg,rm,nut,dv,"
+    "ivf,obu,h261,h263,h264,hevc,m4v,vc1,dirac,dnxhd,gxf,wtv,nsv,swf,roq,smk,flic,film_cpk,smjpeg")
+INDEXED = {"mov", "matroska"}  # those with a time for each frame
+ONE_TO_ONE = {"h264", "hevc", "av1", "vp9", "mjpeg", "prores"}  # codecs of which each packet is a frame that is shown
+
 # What a video that a stranger made may ask for: more makes it a bad one
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,gif,mxf,nut,dv"  # no playlists
 LOCAL = dict(protocol_whitelist="file", format_whitelist=CONTAINERS)  # no network, no other file
 ANY_METADATA = {} if int(av.__version__.split(".")[0]) > 18 else dict(metadata_errors="replace")  # PyAV 19: always
 MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
 MAX_BYTES = 2**32  # of the frames of one sample, before they are cropped
+MAX_KEPT = 2**28  # of decoded frames, of a file that is decoded from the start
 MAX_SECONDS = 60  # for one file
 
 
 class CMAEVError(ValueError):
-    """Something that the user can put right. Its message is one line: what was wrong, where, and what to do."""
+    """A setting, a list or a call that the user can put right. One line: what was wrong, where, and what to do."""
+
+
+class BadVideo(CMAEVError):
+    """A video that cannot be read. In training another video takes its place."""
+
+
+@contextlib.contextmanager
+def bad_video(path, what):
+    """Turns whatever a library raises inside the block into BadVideo: "path: cannot be {what}: its message"."""
+    try:
+        yield
+    except CMAEVError:
+        raise
+    except (av.error.FFmpegError, OSError, RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
+        error.__traceback__ = None  # from Python 3.12 on in a cycle with its frames, which keep the file open
+        raise BadVideo(f"{path}: cannot be {what}: {last_line(error)}") from None
+
+
+def last_line(error):
+    """The last line of an error's message, without the traceback that a worker process puts before it."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return line.removeprefix("cmaev.CMAEVError: ").removeprefix("cmaev.BadVideo: ")
 
 
 # =====================================================================================================================
@@ -81,29 +113,29 @@ class CMAEVError(ValueError):
 
 
 class Video:
-    """A video as an exact sequence of frames: frame i is the i-th frame that a player would show.
+    """A video as the exact sequence of frames that `ffmpeg -i path` shows.
 
-    `path` is a file in any format that FFmpeg reads, or a folder of JPEG or PNG frames in natural order
-    (img_2 before img_10). A file's packets are read once, without decoding: their timestamps, sorted, are the frames.
-    Raises CMAEVError for what cannot be opened, has no frames, or exceeds the limits above.
+    `path` is a file, whose best video stream is read, or a folder of JPEG or PNG frames in natural order (img_2 before
+    img_10). Where the packets of a file prove which frames it has, `read` seeks. Any other file is decoded from the
+    start, once per opened file if its frames take at most MAX_KEPT bytes.
+    Raises BadVideo for what cannot be opened, has no frames, or exceeds the limits above.
     """
 
-    container = None
+    container = images = times = kept = None
 
     def __init__(self, path):
         self.path, self.deadline = str(path), time.monotonic() + MAX_SECONDS
-        if os.path.isdir(path):
-            names = [name for name in os.listdir(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-            numbers_as_numbers = lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]
-            self.images = [os.path.join(path, name) for name in sorted(names, key=numbers_as_numbers)]
-            self.length = len(self.images)
-        else:
-            self.images = None
-            with self._named("opened as a video"):
+        with bad_video(self.path, "opened as a video"):
+            if os.path.isdir(path):
+                self.images = [os.path.join(path, name) for name in sorted(os.listdir(path), key=natural_order)
+                               if is_image(name)]
+                self.length = len(self.images)
+            else:
                 self._open()
-                self._index()
+                if not self._index_packets():
+                    self._decode_whole_file()
         if self.length == 0:
-            raise CMAEVError(f"{path}: no frames in it: give a video file, or a folder of .jpg or .png frames")
+            raise BadVideo(f"{path}: no frames in it: give a video file, or a folder of .jpg or .png frames")
 
     def __del__(self):
         self._close()
@@ -114,45 +146,51 @@ class Video:
     def read(self, indices):
         """The frames at `indices` (integers in [0, len), in any order, repeats allowed) -> uint8 RGB [T, H, W, 3].
 
-        Decodes each frame at most once, and turns it upright where the file says that it was filmed rotated.
+        Decodes each frame at most once, and turns or mirrors it as the file asks for.
         """
         frames = self.frames(indices)
         return torch.stack([frames[int(i)] for i in indices])
 
     def frames(self, indices):
-        """The same as {index: uint8 RGB [H, W, 3]}: whoever needs a part of them need not copy all."""
+        """The same as a dict {index: uint8 RGB [H, W, 3]}, so that callers can crop before stacking."""
         wanted = sorted({int(i) for i in indices})
-        if not wanted or wanted[0] < 0 or wanted[-1] >= self.length:
-            raise CMAEVError(f"{self.path}: has frames 0 to {self.length - 1}, asked for {wanted or 'none'}")
-        self.deadline, found = time.monotonic() + MAX_SECONDS, {}
-        decode = self._read_images if self.images else self._read_file
-        with self._named("decoded"):
-            for i, frame in decode(wanted):
-                found[i] = frame
-                if frame.shape != found[wanted[0]].shape:
-                    raise CMAEVError(f"{self.path}: frame {i} has another size than frame {wanted[0]}: take it off "
-                                     "the list")
-                if len(found) * frame.numel() > MAX_BYTES:
-                    raise CMAEVError(f"{self.path}: {len(wanted)} frames of {frame.shape[1]}x{frame.shape[0]} pixels "
-                                     "are too large: scale the video down")
-        return found
+        self.deadline = time.monotonic() + MAX_SECONDS
+        with bad_video(self.path, "decoded"):
+            if self.images:
+                return self._collect(self._read_images(wanted), wanted)
+            if self.times:
+                if (frames := self._collect(self._seek_and_decode(wanted), wanted)) is not None:
+                    return frames
+                self._decode_whole_file()  # the frames are not as the packets say
+            frames = enumerate(self._decode() if self.kept is None else self.kept)
+            return self._collect(((i, self._to_rgb(frame)) for i, frame in frames if i in set(wanted)), wanted)
 
-    @contextlib.contextmanager
-    def _named(self, what):
-        """Whatever a library raises inside the block comes out as CMAEVError, with the path."""
-        try:
-            yield
-        except CMAEVError:
-            raise
-        except (av.error.FFmpegError, OSError, RuntimeError, ValueError, MemoryError) as error:
-            error.__traceback__ = None  # from Python 3.12 on in a cycle with its frames, which keep the file open
-            raise CMAEVError(f"{self.path}: cannot be {what}: {one_line(error)}") from None
+    def _collect(self, frames, wanted):
+        """Pairs (index, image) up to the last wanted one -> dict, or None where one is missing."""
+        if not wanted or wanted[0] < 0 or wanted[-1] >= self.length:
+            raise BadVideo(f"{self.path}: has frames 0 to {self.length - 1}, asked for {wanted or 'none'}")
+        found = {}
+        for i, image in frames:
+            found[i] = image
+            if image.shape != found[wanted[0]].shape:
+                raise BadVideo(f"{self.path}: frame {i} has another size than frame {wanted[0]}: take it off the list")
+            if len(found) * image.numel() > MAX_BYTES:
+                raise BadVideo(f"{self.path}: {len(wanted)} frames of {image.shape[1]}x{image.shape[0]} pixels are too "
+                               "large: scale the video down")
+            if i == wanted[-1]:
+                return found
+        return None
 
     def _read_images(self, wanted):
         for i in wanted:
             data = torch.from_numpy(np.fromfile(self.images[i], np.uint8))
             self._check_size(*image_size(data.numpy().tobytes()))
-            yield i, decode_image(data, ImageReadMode.RGB).permute(1, 2, 0)
+            image = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
+            yield i, v2.functional.to_dtype(image, torch.uint8, scale=True).permute(1, 2, 0)  # PNG may have 16 bits
+
+    def _check_size(self, width, height):
+        if width * height > MAX_PIXELS:
+            raise BadVideo(f"{self.path}: says that its frames have {width}x{height} pixels: take it off the list")
 
     def _close(self):
         """PyAV's containers and streams refer to each other: left open, they would wait for Python's collector."""
@@ -161,96 +199,160 @@ class Video:
 
     def _open(self):
         self._close()
-        self.container = av.open(f"file:{self.path}", container_options=LOCAL, timeout=MAX_SECONDS, **ANY_METADATA)
-        if not self.container.streams.video:
-            raise CMAEVError(f"{self.path}: has no video stream: take it off the list")
-        self.stream = self.container.streams.video[0]
-        codec = self.stream.codec_context
-        if codec is None:
-            raise CMAEVError(f"{self.path}: its codec is not known: take it off the list")
-        self._check_size(codec.width, codec.height)
-        codec.options = {"max_pixels": str(MAX_PIXELS)}  # should a later header say otherwise
-        codec.thread_count = 1  # the loader's workers are the parallelism
-
-    def _check_size(self, width, height):
-        if width * height > MAX_PIXELS:
-            raise CMAEVError(f"{self.path}: says that its frames have {width}x{height} pixels: take it off the list")
+        if not os.path.isfile(self.path):  # no device, no pipe, no address
+            raise BadVideo(f"{self.path}: cannot be opened as a video: No such file")
+        try:
+            self.container = av.open(f"file:{self.path}", container_options=LOCAL, timeout=MAX_SECONDS, **ANY_METADATA)
+        except av.error.ArgumentError:
+            raise BadVideo(f"{self.path}: cannot be opened as a video: its format is not allowed: convert it to one of "
+                           f"{CONTAINERS}") from None
+        self.stream = self.container.streams.best("video")
+        if self.stream is None:
+            raise BadVideo(f"{self.path}: has no video stream: take it off the list")
+        self.codec = self.stream.codec_context
+        if self.codec is None:
+            raise BadVideo(f"{self.path}: its codec is not known: take it off the list")
+        self._check_size(self.codec.width, self.codec.height)
+        self.size = self.codec.width, self.codec.height
+        self.codec.options = {"max_pixels": str(MAX_PIXELS)}  # should a later header say otherwise
+        self.codec.thread_count = 1  # the loader's workers are the parallelism
 
     def _packets(self):
         for packet in self.container.demux(self.stream):
             if time.monotonic() > self.deadline:
-                raise CMAEVError(f"{self.path}: takes more than {MAX_SECONDS} s to read: take it off the list")
-            yield packet
+                raise BadVideo(f"{self.path}: takes more than {MAX_SECONDS} s to read: cut it, or put it into another "
+                               "container: ffmpeg -i old -c copy new.mp4")
+            if packet.size:  # AVI has empty ones for frames left out, and the last one is PyAV's own
+                yield packet
 
-    def _index(self):
-        """Sorted timestamps of the shown frames and of the key frames, from the packets alone.
+    def _index_packets(self):
+        """Finds the times of the frames and of the key frames without decoding -> whether the packets prove them.
 
-        Packets that an edit list discards are decoded but not shown. Some packets have no timestamps (raw streams) or
-        only the times of decoding (AVI: they never go back, although the codec reorders frames). Such frames are
-        counted by decoding, and `pts` is None.
+        Proof [choice]: a container with a time per frame, a codec with a frame per packet, a key frame that is first in
+        both orders, distinct times, rising decoding times, no damage up to the end. Packets that an edit list discards
+        are decoded but not shown.
         """
-        packets = [(p.pts, p.is_keyframe, p.is_discard) for p in self._packets() if p.size]
-        shown = [pts for pts, _, discard in packets if not discard]
-        if None in shown or len(set(shown)) < len(shown) or (
-                self.stream.codec_context.has_b_frames and shown == sorted(shown)):
-            self.pts = None
-            self._open()
-            self.length = sum(len(packet.decode()) for packet in self._packets())
-        else:
-            self.pts = sorted(shown)
-            self.position = {pts: i for i, pts in enumerate(self.pts)}
-            self.keys = sorted(pts for pts, key, _ in packets if key and pts is not None)
-            self.length = len(self.pts)
+        if self.container.format.name.split(",")[0] not in INDEXED or self.codec.codec.canonical_name not in ONE_TO_ONE:
+            return False
+        packets, last = [], -math.inf
+        try:
+            for packet in self._packets():
+                decoding = last + 1 if packet.dts is None else packet.dts  # Matroska has none for the first ones
+                if packet.pts is None or decoding <= last or packet.is_corrupt:
+                    return False
+                if not packets and self.codec.codec.canonical_name == "h264" and not self._has_idr(bytes(packet)):
+                    return False  # a recovery point: frames are shown only some packets later
+                packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
+                last = decoding
+        except av.error.FFmpegError:
+            return False
+        times = [time for time, _, _ in packets]
+        in_order = times == sorted(times)  # of a codec that reorders frames, these are decoding times
+        if not times or packets[0] != (min(times), True, packets[0][2]) or len(set(times)) < len(times) or (
+                in_order and self.codec.has_b_frames):
+            return False
+        self.times = sorted(time for time, _, discard in packets if not discard)
+        self.keys = sorted(time for time, key, _ in packets if key)
+        self.length = len(self.times)
+        return self.length > 0
 
-    def _read_file(self, wanted):
-        """Seek to the key frame before, decode forward once, convert only the frames asked for."""
-        wanted, seek = deque(wanted), self.pts is not None
-        while wanted:
-            first = wanted[0]
-            for i, frame in self._decode_asked(wanted) if seek else self._decode_all():
-                if i > wanted[0]:
-                    break
-                if i == wanted[0]:
-                    yield wanted.popleft(), upright(frame)
-                if not wanted or seek and self._saves_decoding(self._key_before(wanted[0]), i):
-                    break
-            if wanted and wanted[0] == first:  # not found: the file's key frame flags or its index are off
-                if not seek:
-                    raise CMAEVError(f"{self.path}: frame {first} of {self.length} cannot be decoded: damaged?")
-                seek = False
+    def _has_idr(self, data):
+        """Whether an H.264 packet of mp4 or Matroska (units behind their lengths) has a slice of type 5, IDR."""
+        at, length_bytes = 0, (self.codec.extradata[4] & 3) + 1 if len(self.codec.extradata or b"") > 4 else 4
+        while at + length_bytes < len(data):
+            if data[at + length_bytes] & 31 == 5:
+                return True
+            at += length_bytes + int.from_bytes(data[at:at + length_bytes], "big")
+        return False
 
-    def _decode_asked(self, wanted):
-        """Numbers and frames from the key frame before wanted[0], without those that nobody asked for or refers to."""
-        key, asked = self._key_before(wanted[0]), {self.pts[i] for i in wanted}
-        if key is None:
-            self._open()
-        else:
-            self.container.seek(key, stream=self.stream)
-        for packet in self._packets():
-            self.stream.codec_context.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
-            for frame in packet.decode():
-                yield self.position.get(frame.pts, -1), frame
+    def _seek_and_decode(self, wanted):
+        """Pairs (index, image) of the wanted frames: each run of them is decoded once, from the key frame before it.
 
-    def _decode_all(self):
-        """Numbers and frames of the whole file."""
-        self._open()
-        frames = (frame for packet in self._packets() for frame in packet.decode())
-        for count, frame in enumerate(frames):
-            yield count if self.pts is None else self.position.get(frame.pts, -1), frame
+        Ends early where the frames are not those of the index: the first one after a seek has to be the key frame, and
+        the times that follow have to be in the index and to rise.
+        """
+        position, asked, left = {t: i for i, t in enumerate(self.times)}, {self.times[i] for i in wanted}, deque(wanted)
+        with contextlib.suppress(av.error.FFmpegError):
+            while left:
+                key, last = self._key_before(left[0]), None
+                self.container.seek(key, stream=self.stream)
+                for frame in self._decode(asked):
+                    i = position.get(frame.pts, -1)
+                    if last is None:
+                        as_promised = i == bisect_left(self.times, key) and (frame.key_frame or frame.pts != key)
+                    else:
+                        as_promised = last < i <= left[0]
+                    if not as_promised or (frame.width, frame.height) != self.size:
+                        return
+                    last = i
+                    if i == left[0]:
+                        yield left.popleft(), self._to_rgb(frame)
+                    if not left or self._saves_decoding(self._key_before(left[0]), i):
+                        break
+                else:
+                    return
 
     def _key_before(self, i):
-        k = bisect_right(self.keys, self.pts[i])
-        return self.keys[k - 1] if k else None
+        return self.keys[bisect_right(self.keys, self.times[i]) - 1]
 
     def _saves_decoding(self, key, i):
         """Whether `key` is further from frame i than the 16 frames that a decoder can be ahead of what it shows."""
-        return key is not None and key > self.pts[min(i + 16, self.length - 1)]
+        return key > self.times[min(i + 16, self.length - 1)]
+
+    def _decode(self, asked):
+        """The frames from here to the end, without those whose time is not in `asked` and to which no other refers."""
+        for packet in self._packets():
+            self.codec.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
+            yield from self.codec.decode(packet)
+        yield from self.codec.decode(None)
+
+    def _decode_from_start(self):
+        """All frames, as FFmpeg's command line decodes: it leaves out what is damaged, and a broken end is the end."""
+        def packets():
+            with contextlib.suppress(av.error.FFmpegError):
+                yield from self._packets()
+            yield None
+
+        self._open()
+        for packet in packets():
+            with contextlib.suppress(av.error.FFmpegError):
+                yield from self.codec.decode(packet)
+
+    def _decode_whole_file(self):
+        """Counts the frames by decoding them, and keeps them unless they are too large."""
+        self.times, self.kept, self.length, kept_bytes = None, [], 0, 0
+        for self.length, frame in enumerate(self._decode_from_start(), 1):
+            if self.length == 1:
+                self.size = frame.width, frame.height
+            kept_bytes += sum(plane.buffer_size for plane in frame.planes)
+            if kept_bytes <= MAX_KEPT:
+                self.kept.append(frame)
+        if kept_bytes > MAX_KEPT:
+            self.kept = None
+
+    def _to_rgb(self, frame):
+        """A decoded frame -> uint8 RGB [H, W, 3], at the size of the first one and as its display matrix says.
+
+        The matrix maps column x and row y of the stored picture to column a x + c y and row b x + d y of the shown one.
+        """
+        scale = {}
+        if (frame.width, frame.height) != self.size:
+            scale = dict(width=self.size[0], height=self.size[1], interpolation="BICUBIC")
+        image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1, **scale))
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return image
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
+        if min(abs(a) + abs(d), abs(b) + abs(c)) > 0.02 * max(abs(a) + abs(d), abs(b) + abs(c)):
+            raise BadVideo(f"{self.path}: is turned by an angle that is no multiple of 90 degrees: turn it upright")
+        if abs(a) + abs(d) < abs(b) + abs(c):
+            image, a, d = image.transpose(0, 1), c, b
+        return image.flip([axis for axis, direction in ((0, d), (1, a)) if direction < 0])
 
 
-def upright(frame):
-    """A decoded av.VideoFrame -> uint8 RGB tensor [H, W, 3], turned by the rotation that the file asks for."""
-    image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1))
-    return image.rot90(round(frame.rotation / 90))
+def natural_order(name):
+    """Sorting key of a file name in which numbers count as numbers: img_2 before img_10."""
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def image_size(data):
@@ -265,103 +367,175 @@ def image_size(data):
     return 0, 0
 
 
-def one_line(error):
+def last_line(error):
     """The last line of an exception's message: what it says, without a traceback that a worker put before it."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("cmaev.CMAEVError: ")
 
 
-def read_list(path):
-    """A list file or a folder of class folders -> [(path of a video or of a folder of frames, label or None)].
+HIDDEN = {"@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
+          "__pycache__"}  # beside names that begin with a dot
 
-    A list has one video a line: `path label`, `path,label`, VideoMAE's `path frames label` or `path` alone, label an
-    integer. Paths may hold spaces; relative ones are relative to the list. In a folder, `root/class/*.mp4` (or folders
-    of frames), the labels number the class folders in alphabetical order.
+
+def is_hidden(name):
+    """Whether file managers, NAS boxes and notebooks leave entries of this name in folders."""
+    return name.startswith(".") or name in HIDDEN
+
+
+def is_image(name):
+    return not is_hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def read_list(path):
+    """Reads a list file or a folder of videos -> [(path of a video or of a folder of frames, label or None)].
+
+    A list has one video per line: `path label`, `path,label`, VideoMAE's `path frames label`, or `path`; labels are
+    integers. Paths may hold spaces, and relative ones are relative to the list. A line that is a path as a whole has no
+    label. In a folder, the labels number the class folders root/class/ that hold videos, at any depth, in alphabetical
+    order; videos that lie in the root itself have no label. Hidden entries are ignored; other files are counted.
     Raises CMAEVError, with the line's number, for a bad line or a path that does not exist.
     """
-    path = Path(path)
-    if path.is_dir():
-        videos = _read_class_folders(path)
-    elif path.is_file():
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        videos = _read_folder(path)
+    elif os.path.isfile(path):
         videos = _read_list_file(path)
     else:
-        raise CMAEVError(f"{path}: no such list or folder: give a text file, one `path label` a line, or class folders")
+        raise CMAEVError(f"{path}: no such list or folder: give a text file, one `path label` per line, or a folder")
     if not videos:
-        raise CMAEVError(f"{path}: no videos in it: give one `path label` a line, or class folders of video files")
+        raise CMAEVError(f"{path}: no videos in it: give one `path label` per line, or a folder of video files")
     return videos
 
 
+def _read_folder(root):
+    left_out = []
+
+    def videos_in(folder):
+        videos, others = [], []
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                videos += videos_in(entry.path)
+            else:
+                is_video = os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES
+                (videos if is_video else others).append(entry.path)
+        if not videos and any(is_image(os.path.basename(path)) for path in others):
+            return [folder]  # a video as a folder of frames
+        left_out.extend(others)
+        return videos
+
+    videos = videos_in(root)
+    in_class = {path: os.path.relpath(path, root).split(os.sep) for path in videos}
+    classes = sorted({parts[0] for parts in in_class.values() if len(parts) > 1})
+    label = {name: number for number, name in enumerate(classes)}
+    if left_out and this_rank() == 0:
+        print(f"{root}: {len(left_out)} files are no videos and left out, such as {left_out[0]}")
+    return [(path, label[parts[0]] if len(parts) > 1 else None) for path, parts in in_class.items()]
+
+
+def _read_list_file(path):
+    data, videos, listings = Path(path).read_bytes(), [], {}
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "surrogateescape")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise CMAEVError(f"{path}: is no text: give a list with one `path label` per line")
+
+    def listed(name):
+        """Whether a path exists, by one listing per folder: quicker than a question per file on a network disk."""
+        parent, name = os.path.split(name)
+        if parent not in listings:
+            listings[parent] = set(os.listdir(parent or ".")) if os.path.isdir(parent or ".") else set()
+        return name in listings[parent]
+
+    root = os.path.dirname(path)
+    for number, line in enumerate(text.split("\n"), 1):
+        if not (line := line.strip()):
+            continue
+        readings = [(os.path.join(root, line), None)]
+        if match := PATH_AND_NUMBER.fullmatch(line):
+            readings.append((os.path.join(root, match[1]), int(match[2])))
+        video = next((reading for reading in readings if listed(reading[0])), None)
+        if video is None and match and (counted := PATH_AND_NUMBER.fullmatch(match[1])):  # path frames label
+            readings.append((os.path.join(root, counted[1]), int(match[2])))
+        video = video or next((reading for reading in readings[::-1] if os.path.exists(reading[0])), None)
+        if video is None:
+            name, *word = re.split(r"[\s,]+(?=[^\s,]+$)", line)
+            if word and not match and os.path.exists(os.path.join(root, name)):
+                reason = f"label {word[0]!r} is no integer"
+            else:
+                reason = f"{readings[min(1, len(readings) - 1)][0]} does not exist"
+            raise CMAEVError(f"{path}, line {number}: {reason}: correct the line or take it out")
+        videos.append(video)
+    return videos
+
+
+PATH_AND_NUMBER = re.compile(r"(.*[^\s,])\s*[\s,]\s*(-?\d+)", re.DOTALL)
+
+
 def check_readable(videos):
-    """Raises CMAEVError where not one of the first ten videos can be opened: the list is of something else."""
+    """Raises BadVideo where not one of the first ten videos can be opened: the list is of something else."""
     errors = []
     for path, _ in videos[:10]:
         try:
             return Video(path)
-        except CMAEVError as error:
+        except BadVideo as error:
             errors.append(error)
     raise errors[0]
 
 
-def read_labelled(path, flag, classes=None):
-    """read_list for training (`classes` None) and testing -> [(path, label)], labels from 0 to classes - 1.
-
-    Raises CMAEVError, naming the flag, where the path is empty, and the video whose label is missing or too large.
-    """
+def read_labelled(path, flag):
+    """read_list for labelled videos -> [(path, label)]. Raises CMAEVError for an empty path or a missing label."""
     if not path:
-        raise CMAEVError(f"--{flag} is not given: name a list (`path label` a line) or a folder of class folders")
+        raise CMAEVError(f"--{flag} is not given: name a list (`path label` per line) or a folder of class folders")
     videos = read_list(path)
     for video, label in videos:
-        if label is None or label < 0 or (classes is not None and label >= classes):
-            what, allowed = "no label" if label is None else f"label {label}", "0, 1, 2, ..." if classes is None else (
-                f"0 to {classes - 1}, the classes of the training list")
-            raise CMAEVError(f"{path}: {video} has {what}: give {allowed}")
+        if label is None or label < 0:
+            what = "no label" if label is None else f"label {label}"
+            raise CMAEVError(f"{path}: {video} has {what}: give 0, 1, 2, ..., or a folder per class")
     return videos
 
 
-def _read_class_folders(root):
-    classes = sorted(entry for entry in root.iterdir() if entry.is_dir())
-    is_image = lambda name: Path(name).suffix.lower() in IMAGE_SUFFIXES
-    is_video = lambda entry: any(map(is_image, os.listdir(entry))) if entry.is_dir() else (
-        entry.suffix.lower() in VIDEO_SUFFIXES)
-    return [(str(v), label) for label, c in enumerate(classes) for v in sorted(c.iterdir()) if is_video(v)]
+def read_test_videos(path, names, by_name):
+    """The labelled videos of --val under the training classes `names` -> [(path, label)].
 
-
-def _read_list_file(path):
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise CMAEVError(f"{path}: is no text: give a list with one `path label` a line") from None
-    videos, listings = [], {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            name, label = _split_line(line.strip())
-            if not _exists(path.parent / name, listings):
-                without_frames, frames = _split_line(name)
-                if frames is None or not _exists(path.parent / without_frames, listings):
-                    raise CMAEVError(f"{path.parent / name} does not exist")
-                name = without_frames
-        except CMAEVError as error:
-            raise CMAEVError(f"{path}, line {number}: {error}: correct the line or take it out") from None
-        videos.append((str(path.parent / name), label))
+    Class folders are matched by name. The labels of a list count as they are; but where training had class folders
+    (`by_name`), a label that contradicts the class folder in its path stops the run.
+    Raises CMAEVError for a class or a label that training had not.
+    """
+    videos, in_folders, number = read_labelled(path, "val"), os.path.isdir(path), {n: i for i, n in enumerate(names)}
+    own = {video: class_folder(video, path) for video, _ in videos} if in_folders else {}
+    if unknown := sorted(set(own.values()) - set(names)):
+        raise CMAEVError(f"{path}: class folders {', '.join(unknown)} are none of the training classes "
+                         f"{', '.join(names)}: rename or remove them")
+    if in_folders:
+        return [(video, number[own[video]]) for video, _ in videos]
+    for video, label in videos:
+        if label >= len(names):
+            raise CMAEVError(f"{path}: {video} has label {label}: give 0 to {len(names) - 1}, the classes of the "
+                             "training list")
+        named = next((part for part in Path(video).parts[-2::-1] if part in number), names[label]) if by_name else None
+        if by_name and named != names[label]:
+            raise CMAEVError(f"{path}: {video} has label {label}, which is {names[label]} in training, but its folder "
+                             f"is {named}: number the classes as in training, or give a folder for --val")
     return videos
 
 
-def _split_line(line):
-    for separator in (",", None):
-        name, *label = [part.strip() for part in line.rsplit(separator, 1)]
-        if label and re.fullmatch(r"-?\d+", label[0]):
-            return name, int(label[0])
-        if label and Path(name).suffix.lower() in VIDEO_SUFFIXES:
-            raise CMAEVError(f"label {label[0]!r} is no integer")
-    return line, None
+def class_folder(video, root):
+    """The class folder of a video of read_list(root): the first folder below the root."""
+    return os.path.relpath(video, root).split(os.sep)[0]
 
 
-def _exists(path, listings):
-    """Lists each folder once: on a network disk far quicker than asking for every file."""
-    if path.parent not in listings:
-        listings[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
-    return path.name in listings[path.parent] or path.exists()
+def hold_out(videos, seed):
+    """A seeded tenth of each class, at least one of two videos -> (videos to train on, videos to test on)."""
+    with seeded(seed) as generator:
+        order = torch.randperm(len(videos), generator=generator).tolist()
+    tests = set()
+    for label in {label for _, label in videos}:
+        members = [i for i in order if videos[i][1] == label]
+        tests.update(members[:max(round(len(members) / 10), int(len(members) > 1))])
+    return [v for i, v in enumerate(videos) if i not in tests], [videos[i] for i in sorted(tests)]
 
 
 def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
@@ -370,6 +544,9 @@ def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
     Online: t1 + i * rate for i in 0 .. frames - 1. Target: the same plus delta, uniform on {0, ..., max_shift}. t1 is
     uniform over every start at which both views fit. A shorter video is continued by its last frame [VideoMAE].
     """
+    if min(num_frames, frames, rate) < 1 or max_shift < 0:
+        raise CMAEVError(f"num_frames {num_frames}, frames {frames} and rate {rate} have to be 1 or more, max_shift "
+                         f"{max_shift} 0 or more")
     delta = torch.randint(max_shift + 1, (), generator=generator)
     starts = num_frames - ((frames - 1) * rate + int(delta))
     t1 = torch.randint(max(starts, 1), (), generator=generator)
@@ -491,16 +668,23 @@ def replaced_if_bad(sample, videos, seed, key):
 
     Raises CMAEVError when ten videos in a row are bad: then it is not the videos.
     """
-    (epoch, index), bad = key, []
+    (epoch, index), bad = epoch_and_index(key, videos), []
     while len(bad) < 10:
         try:
             return sample(index, *key) | {"bad": json.dumps(bad)}
-        except CMAEVError as error:
-            bad.append([videos[index][0], one_line(error)])
+        except BadVideo as error:
+            bad.append([videos[index][0], last_line(error)])
         key = (*key[:2], len(bad))
         with seeded(seed, *key) as generator:
             index = int(torch.randint(len(videos), (), generator=generator))
     raise CMAEVError(f"ten videos in a row cannot be read, the last one: {bad[-1][1]}")
+
+
+def epoch_and_index(key, videos):
+    """The key of a sample. Raises CMAEVError where it is not (epoch, index)."""
+    if not isinstance(key, tuple) or len(key) != 2 or key[0] < 0 or not 0 <= key[1] < len(videos):
+        raise CMAEVError(f"no sample {key}: ask for dataset[epoch, index], epoch from 0, index 0 to {len(videos) - 1}")
+    return key
 
 
 class PretrainClips(Dataset):
@@ -527,8 +711,9 @@ class PretrainClips(Dataset):
         return replaced_if_bad(self.sample, self.videos, self.seed, key)
 
     def sample(self, index, *key):
-        video = Video(self.videos[index][0])
-        with seeded(self.seed, *key) as generator:
+        path, _ = self.videos[index]
+        video = Video(path)
+        with bad_video(path, "cropped and resized"), seeded(self.seed, *key) as generator:
             shifted = lambda: temporal_shift_indices(len(video), self.frames, self.rate, self.max_shift, generator)
             indices = torch.stack([torch.stack(shifted()) for _ in range(self.repeats)])  # [R, 2, T]
             if not self.two_views:
@@ -562,14 +747,16 @@ def uniform_indices(num_frames, frames, offset):
     return ((torch.arange(frames) + offset) * num_frames / frames).long().clamp(max=num_frames - 1)
 
 
-def class_names(videos):
-    """Of labelled videos -> [name of class 0, 1, ...]: the folder that holds them, where each class has its own.
+def class_names(videos, source=""):
+    """The name of class 0, 1, ... of the labelled videos of a list or folder `source`.
 
+    That is the class folder or, in a list, the folder that holds the videos, if each class has its own; else the label.
     Raises CMAEVError for a class between 0 and the largest that has no video.
     """
     folders = {}
     for path, label in videos:
-        folders.setdefault(label, set()).add(Path(path).parent.name)
+        folder = class_folder(path, source) if os.path.isdir(source) else Path(path).parent.name
+        folders.setdefault(label, set()).add(folder)
     missing = sorted(set(range(max(folders))) - folders.keys())
     if missing:
         raise CMAEVError(f"class {missing[0]} of 0 to {max(folders)} has no video in the list: add one or renumber")
@@ -602,17 +789,18 @@ class LabelledClips(Dataset):
     def __getitem__(self, key):
         if self.augment:
             return replaced_if_bad(self.sample, self.videos, self.seed, key)
+        _, index = epoch_and_index(key, self.videos)
         try:
-            return self.sample(key[1], *key) | {"bad": "[]"}
-        except CMAEVError as error:
-            (path, label), views = self.videos[key[1]], self.segments * self.crops
+            return self.sample(index, *key) | {"bad": "[]"}
+        except BadVideo as error:
+            (path, label), views = self.videos[index], self.segments * self.crops
             black = torch.zeros(views, self.frames, 3, self.size, self.size, dtype=torch.uint8)
-            return self.labelled(black, label, key[1]) | {"bad": json.dumps([[path, one_line(error)]])}
+            return self.labelled(black, label, index) | {"bad": json.dumps([[path, last_line(error)]])}
 
     def sample(self, index, *key):
         path, label = self.videos[index]
         video = Video(path)
-        with seeded(self.seed, *key):
+        with bad_video(path, "cropped and resized"), seeded(self.seed, *key):
             places = self.random_places() if self.augment else self.even_places()
             indices = torch.stack([self.indices(len(video), place) for place in places])
             clips = video.read(indices.flatten()).unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
@@ -1452,12 +1640,13 @@ MACHINE = {"workers", "compile", "log_every", "save_every", "picture_every", "re
 
 
 def read_settings(table, description):
-    """Command line -> argparse.Namespace. `table` is {flag: (value, or a tuple of one value a recipe, help)}.
+    """Command line -> settings, and the names of those that were given by hand.
 
-    --recipe fills every setting; any flag overrides its own.
+    `table` is {flag: (value, or a tuple of one value per recipe, help)}. --recipe fills every setting; any flag
+    overrides its own. A recipe's paths of videos count only together: --data by hand alone clears the recipe's --val.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--recipe", choices=RECIPES, default="demo", help="fills all settings [demo]")
+    parser.add_argument("--recipe", choices=RECIPES, help="fills all settings [demo]")
     for flag, (values, text) in table.items():
         default = " / ".join(str(value) or "-" for value in values) if isinstance(values, tuple) else values
         kind = type(values[0] if isinstance(values, tuple) else values)
@@ -1468,12 +1657,35 @@ def read_settings(table, description):
             how = dict(nargs="+", metavar="FILE")
         parser.add_argument(f"--{flag}", help=f"{text} [{default}]".replace("%", "%%"), **how)
     settings = parser.parse_args()
+    by_hand = {name for name, value in vars(settings).items() if value is not None}
+    settings.recipe = settings.recipe or "demo"
+    if "data" in by_hand and "val" not in by_hand:
+        settings.val = ""
     for name, value in recipe(table, settings.recipe).items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     if settings.seed < 0:
         raise CMAEVError(f"--seed {settings.seed}: give 0 or a positive number")
-    return settings
+    return settings, by_hand
+
+
+def check_own_data(by_hand):
+    """Raises CMAEVError where videos are given without a recipe, or test videos without videos to train on."""
+    if "data" in by_hand and "recipe" not in by_hand:
+        raise CMAEVError("--data without --recipe: give --recipe k400 or ssv2 (16 frames of 224x224 pixels, sampled as "
+                         "for Kinetics-400 or Something-Something V2), or demo (8 frames of 48x48)")
+    if "val" in by_hand and "data" not in by_hand:
+        raise CMAEVError("--val without --data: give both")
+
+
+def settings_of_run(run, settings, by_hand):
+    """Takes over the settings of the run in a folder, but for those given by hand and those of the machine."""
+    record = Path(run) / "settings.json"
+    if not record.exists():
+        raise CMAEVError(f"{run} holds no run: fine-tune first, or give the folder of one with --out")
+    for name, value in json.loads(record.read_text())["settings"].items():
+        if name not in by_hand | MACHINE | {"out"} and hasattr(settings, name):
+            setattr(settings, name, value)
 
 
 def recipe(table, name):
@@ -1491,10 +1703,13 @@ def given(settings, table):
 
 def run_script(main):
     """Runs a script's main(): what the user can put right ends in one line, and Ctrl-C in none."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     try:
         main()
     except (CMAEVError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {last_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -1833,6 +2048,7 @@ def report(scores, videos, names, folder):
     labels, read = torch.tensor([label for _, label in videos]), ~scores.isnan().any(dim=1)
     best = scores.topk(min(5, scores.shape[1]), dim=1)
     hits = (best.indices == labels[:, None]) & read[:, None]
+    Path(folder).mkdir(exist_ok=True)
     with whole_file(f"{folder}/predictions.csv", "w") as file:
         rows = csv.writer(file)
         rows.writerow(["path", "label", *(f"{what}{i + 1}" for i in range(hits.shape[1]) for what in ("class", "p"))])
@@ -1842,7 +2058,7 @@ def report(scores, videos, names, folder):
     confusion = torch.zeros(len(names), len(names)).index_put_((labels, best.indices[:, 0]), read.float(), True)
     confusion = confusion / labels.bincount(minlength=len(names))[:, None].clamp(min=1)
     with whole_file(f"{folder}/per-class.json", "w") as file:
-        json.dump({name: round(100 * float(confusion[i, i]), 2) for i, name in enumerate(names)}, file, indent=1)
+        json.dump({names[i]: round(100 * float(confusion[i, i]), 2) for i in labels.unique().tolist()}, file, indent=1)
     pixels = -(-400 // len(names))
     picture = (confusion * 255).round().byte().repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
     write_png(picture[None], f"{folder}/confusion.png")
@@ -1856,7 +2072,8 @@ def whole_file(path, mode):
     Raises CMAEVError where it cannot be written, because the disk is full, say; what was there before is kept.
     """
     try:
-        with open(f"{path}.partial", mode) as file:
+        text = {} if "b" in mode else dict(encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
+        with open(f"{path}.partial", mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -9,6 +9,7 @@
 The same command run again goes on from the last checkpoint. `python finetune.py --help` lists the settings.
 """
 
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -24,14 +25,14 @@ import cmaev
 # One value, or one a recipe: demo, K400, SSv2. Where they come from: README, "Settings".
 SETTINGS = {
     "data": (("data/demo/train.txt", "", ""), "to train on: list file (`path label` a line) or class folders"),
-    "val": (("data/demo/val.txt", "", ""), "the same, to test on"),
+    "val": (("data/demo/val.txt", "", ""), "the same, to test on; without it a tenth of --data is held out"),
     "out": (("runs/finetune-demo", "runs/finetune-k400", "runs/finetune-ssv2"), "the run's folder"),
     "init": (("runs/pretrain-demo", "runs/pretrain-k400", "runs/pretrain-ssv2"),
              "weights: a run of pretrain.py, a file of this project, VideoMAE or Hugging Face, or none"),
     "subset": (0, "only the first N videos of a seeded shuffle of the training list; 0: all"),
     # what to do
     "probe": ("", "instead of fine-tuning: linear or knn, on frozen features"),
-    "eval": (False, "only test the checkpoint in --out"),
+    "eval": (False, "only test the checkpoint in --out, with the settings of its run; writes to out/eval"),
     "predict": ([], "only print the five best classes of these videos, by the checkpoint in --out"),
     # the model
     "encoder": (("vit_tiny", "vit_base", "vit_base"), ", ".join(cmaev.ENCODERS)),
@@ -79,7 +80,11 @@ FREE = cmaev.MACHINE | {"bad_share", "eval", "predict", "segments", "crops", "va
 
 
 def main():
-    s = cmaev.read_settings(SETTINGS, __doc__.splitlines()[0])
+    s, by_hand = cmaev.read_settings(SETTINGS, __doc__.splitlines()[0])
+    if s.predict or s.eval:
+        cmaev.settings_of_run(s.out, s, by_hand)
+    else:
+        cmaev.check_own_data(by_hand)
     rank, world, device = cmaev.join_ranks()
     chief = rank == 0
     say = print if chief else lambda *_, **__: None
@@ -103,15 +108,26 @@ def main():
             cmaev.load_encoder(init, encoder)
         return cmaev.Classifier(encoder, len(names)).to(device)
 
-    def test(model, videos, names):
+    def test(model, videos, names, folder):
         model.eval()
         with autocast():
             scores = over_videos(softmax(model), views(videos))
         if chief:
-            top1, top5 = cmaev.report(scores, videos, names, run)
+            top1, top5 = cmaev.report(scores, videos, names, folder)
             keep_result(dict(top1=round(top1, 2), top5=round(top5, 2), videos=len(videos)))
             print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos)} videos, {s.segments} x {s.crops} views, "
-                  f"{len(names)} classes (chance {100 / len(names):.2f} %)")
+                  f"{len(names)} classes (chance {100 / len(names):.2f} %); {folder} holds predictions.csv")
+
+    def labelled_videos():
+        videos = cmaev.read_labelled(s.data, "data")
+        if s.val:
+            return videos, None
+        videos, tests = cmaev.hold_out(videos, s.seed)
+        if not tests:
+            raise cmaev.CMAEVError(f"{s.data} has one video per class: give --val, videos to test on")
+        say(f"no --val: {len(tests)} of the {len(videos) + len(tests)} videos of {s.data}, a tenth of each class drawn "
+            f"by --seed {s.seed}, are held out to test on")
+        return videos, tests
 
     # asking and testing what is there
     if s.predict or s.eval:
@@ -122,7 +138,8 @@ def main():
         model = build(names, None)
         cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
         if s.eval:
-            return test(model, cmaev.read_labelled(s.val, "val", len(names)), names)
+            tests = cmaev.read_test_videos(s.val, names, os.path.isdir(s.data)) if s.val else labelled_videos()[1]
+            return test(model, tests, names, run / "eval")
         model.eval()
         with autocast():
             scores = over_videos(softmax(model), views([(file, None) for file in s.predict]))
@@ -136,9 +153,9 @@ def main():
         return
 
     # the videos
-    videos = cmaev.read_labelled(s.data, "data")
-    names = cmaev.class_names(videos)
-    tests = cmaev.read_labelled(s.val, "val", len(names))
+    videos, tests = labelled_videos()
+    names = cmaev.class_names(videos + (tests or []), s.data)
+    tests = tests or cmaev.read_test_videos(s.val, names, os.path.isdir(s.data))
     if s.subset:
         with cmaev.seeded(s.seed):
             videos = [videos[i] for i in torch.randperm(len(videos))[:s.subset]]
@@ -256,7 +273,7 @@ def main():
             sys.exit(cmaev.SAVED_AND_STOPPED)
 
     say(f"{bad.count} of {steps * s.batch_size} samples were of bad videos")
-    test(model, tests, names)
+    test(model, tests, names, run)
 
 
 if __name__ == "__main__":

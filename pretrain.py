@@ -75,7 +75,8 @@ FREE = cmaev.MACHINE | {"val", "bad_share"}
 
 
 def main():
-    s = cmaev.read_settings(SETTINGS, __doc__.splitlines()[0])
+    s, by_hand = cmaev.read_settings(SETTINGS, __doc__.splitlines()[0])
+    cmaev.check_own_data(by_hand)
     rank, world, device = cmaev.join_ranks()
     chief = rank == 0
     say = print if chief else lambda *_, **__: None

@@ -124,9 +124,9 @@ def test_rotation_flag(tmp_path, turn, matrix):
 def test_read_seeks_and_decodes_once(tmp_path, monkeypatch, b_frames):
     path = write(tmp_path / "v.mp4", frames=240, g="40", bf=str(b_frames), x264_params="scenecut=0")
     video, decoded = cmaev.Video(path), []
-    decode = video._decode_asked
-    monkeypatch.setattr(video, "_decode_asked", lambda wanted: (decoded.append(pair[0]) or pair
-                                                                for pair in decode(wanted)))
+    decode = video._decode
+    monkeypatch.setattr(video, "_decode", lambda asked: (decoded.append(video.times.index(frame.pts)) or frame
+                                                         for frame in decode(asked)))
     video.read([210, 205, 215, 205])
     between = list(range(200, 216))  # from the key frame before, to the last frame wanted
     video.read([5, 125, 130])
@@ -666,8 +666,8 @@ def test_decay_groups_and_schedule():
 # 9  Training: ranks, kills, folders, wrong input
 # ---------------------------------------------------------------------------------------------------------------------
 
-SHORT = ("--encoder vit_tiny --frames 4 --size 32 --patch 8 --mask-ratio 0.75 --batch-size 8 --epochs 4 --amp none "
-         "--warmup-epochs 1 --log-every 4 --save-every 3 --picture-every 0").split()  # 20 steps over 40 videos
+SHORT = ("--recipe demo --encoder vit_tiny --frames 4 --size 32 --patch 8 --mask-ratio 0.75 --batch-size 8 --epochs 4 "
+         "--amp none --warmup-epochs 1 --log-every 4 --save-every 3 --picture-every 0").split()  # 20 steps, 40 videos
 
 
 def run_pretrain(*arguments):
@@ -921,14 +921,14 @@ def wrong(tmp_path_factory):
     ("--data good.txt --seed -1", "--seed -1"),
     ("--data good.txt --batch-size 4 --out good.txt/run", "--out good.txt/run cannot be made"),
 ])
-def test_wrong_input_ends_in_one_line(wrong, monkeypatch, arguments, words):
+def test_wrong_input_ends_in_last_line(wrong, monkeypatch, arguments, words):
     monkeypatch.chdir(wrong)
     end = run_pretrain(*arguments.split())
     assert end.startswith("error: ") and words in end and "\n" not in end
     assert not Path("runs").exists()
 
 
-def test_a_video_that_breaks_in_a_worker_ends_in_one_line(wrong, monkeypatch):
+def test_a_video_that_breaks_in_a_worker_ends_in_last_line(wrong, monkeypatch):
     monkeypatch.chdir(wrong)
     Path("late.txt").write_text("good.mp4 0\n" + "audio.mp4 0\n" * 7)
     end = run_pretrain("--data", "late.txt", "--batch-size", 4, "--workers", 1, "--out", "late")
@@ -1253,8 +1253,9 @@ def test_report(tmp_path):
         [255, 0, 0], [0, 128, 128], [255, 0, 0]]
 
 
-TUNE = ("--frames 4 --size 32 --patch 8 --batch-size 8 --epochs 3 --amp none --warmup-epochs 1 --log-every 4 "
-        "--save-every 3 --mixup 0.8 --cutmix 1 --rand-augment --erasing 0.25 --repeats 2 --segments 2 --crops 2"
+TUNE = ("--recipe demo --frames 4 --size 32 --patch 8 --batch-size 8 --epochs 3 --amp none --warmup-epochs 1 "
+        "--log-every 4 --save-every 3 --mixup 0.8 --cutmix 1 --rand-augment --erasing 0.25 --repeats 2 --segments 2 "
+        "--crops 2"
         ).split()
 
 
@@ -1338,7 +1339,7 @@ def test_ranks_score_every_video_once(demo, tuned, two_ranks, three_ranks, world
     ("--predict good.mp4 --out nothing", "nothing holds no checkpoint.pt"),
     ("--recipe k400", "--data is not given"),
 ])
-def test_wrong_input_to_finetune_ends_in_one_line(wrong, monkeypatch, arguments, words):
+def test_wrong_input_to_finetune_ends_in_last_line(wrong, monkeypatch, arguments, words):
     monkeypatch.chdir(wrong)
     Path("large.txt").write_text("good.mp4 7\n")
     Path("gap.txt").write_text("good.mp4 0\ngood.mp4 2\n")
