@@ -38,7 +38,9 @@ import zipfile
 from bisect import bisect_left, bisect_right
 from collections import deque
 from copy import deepcopy
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads then leave the cores while they wait
 
 import av
 import numpy as np
@@ -57,6 +59,11 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in VideoMAE
 VIDEO_SUFFIXES = set(
@@ -701,6 +708,7 @@ class PretrainClips(Dataset):
 
     def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
                  two_views=True):
+        tube_mask(1, grid, mask_ratio)  # raises CMAEVError for a ratio that hides nothing or all
         self.videos, self.grid, self.mask_ratio, self.repeats, self.seed = videos, grid, mask_ratio, repeats, seed
         self.frames, self.rate, self.max_shift, self.size, self.two_views = frames, rate, max_shift, size, two_views
 
@@ -842,7 +850,8 @@ def training_augmentation(size, smallest_crop, flip, rand_augment, erasing):
     Where timm's rand-m7-n4-mstd0.5-inc1 leaves each operation out half of the time and varies its strength, torchvision
     always applies all four at strength 7 of 10; where timm erases with noise, it erases with the mean colour.
     """
-    operations = v2.RandAugment(num_ops=4, magnitude=7, num_magnitude_bins=11, fill=[round(255 * m) for m in MEAN])
+    operations = v2.RandAugment(num_ops=4, magnitude=7, num_magnitude_bins=11, fill=[round(255 * m) for m in MEAN],
+                                interpolation=v2.InterpolationMode.BILINEAR)
     return v2.Compose([
         operations if rand_augment else nn.Identity(),
         v2.RandomResizedCrop(size, scale=(smallest_crop, 1), ratio=(3 / 4, 4 / 3), antialias=True),
@@ -950,9 +959,11 @@ ENCODERS = {
 
 
 def build_encoder(name, **geometry):
-    """An encoder of ENCODERS for clips of a geometry: frames, size, tubelet, patch."""
+    """An encoder of ENCODERS for clips of a geometry: frames, size, tubelet, patch; for ConvViT, `fusion`, too."""
     if name not in ENCODERS:
         raise CMAEVError(f"no encoder {name!r}: there are {', '.join(ENCODERS)}")
+    if "fusion" in geometry and not name.startswith("convvit"):
+        raise CMAEVError(f"{name} has no multi-scale fusion to leave out: give --no-fusion with a ConvViT alone")
     return (ConvViT if name.startswith("convvit") else VisionTransformer)(**ENCODERS[name], **geometry)
 
 
@@ -998,13 +1009,12 @@ def sincos_table(tokens, width):
 class CubeEmbed(nn.Module):
     """A Conv3d whose stride is its kernel, over whole cubes: [..., values (t, h, w, channel)] -> [..., width].
 
-    Kept as the convolution that VideoMAE's files hold, computed and initialised [MAE] as the matrix that it is.
+    Kept as the convolution that VideoMAE's files hold, computed as the matrix that it is.
     """
 
     def __init__(self, width, cube):
         super().__init__()
         self.proj = nn.Conv3d(3, width, cube, stride=cube)
-        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
 
     def forward(self, x):
         return F.linear(x, self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1), self.proj.bias)
@@ -1077,6 +1087,9 @@ class Encoder(nn.Module):
         positions = self.positions.expand(len(clip), -1, -1)
         if mask is None:
             return cubes(clip, self.grid), positions, None
+        if mask.dtype != torch.bool or mask.shape != positions.shape[:2]:
+            raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, the encoder takes bool [B, N], here "
+                             f"{list(positions.shape[:2])} (tube_mask)")
         numbers = split_tokens(mask, clip.device)[0]
         return cubes(clip, self.grid, numbers), take(positions, numbers), numbers
 
@@ -1090,6 +1103,7 @@ class VisionTransformer(Encoder):
     def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16, drop_path=0.0):
         super().__init__(width, frames, size, tubelet, patch)
         self.patch_embed = CubeEmbed(width, self.cube)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # as a matrix [MAE]
         self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in np.linspace(0, drop_path, depth).tolist())
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
@@ -1145,11 +1159,11 @@ class ConvBlock(nn.Module):
 
     def __init__(self, width, drop_path=0.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=1e-5)
         self.conv1 = nn.Linear(width, width)
         self.depthwise = nn.Conv3d(width, width, 5, padding=2, groups=width)
         self.conv2 = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-5)
         self.mlp = MLP(width)
         self.drop_path = StochasticDepth(drop_path, "row")
 
@@ -1170,7 +1184,8 @@ class ConvBlock(nn.Module):
             matrices = F.conv2d(images, self.depthwise.weight.view(-1, 1, 5, 5)).view(pixels, channels, -1)
             parts = views.flatten(1, 3) @ matrices.transpose(0, 1)  # [C, B N_v, 5 s^2]
             parts = parts.view(channels, clips, time_steps, -1, 5, side, side).unbind(4)
-            shifted = (F.pad(part, (0, 0, 0, 0, 0, 0, 2 - i, i - 2)) for i, part in enumerate(parts))  # in time
+            shifted = (F.pad(part, (0, 0, 0, 0, 0, 0, 2 - i, i - 2)) for i, part in enumerate(parts)  # in time
+                       if abs(2 - i) < time_steps)
             mixed = sum(shifted).flatten(2, 3)  # [C, B, N_v, s, s]
             return mixed.movedim(0, -1) + self.depthwise.bias
 
@@ -1198,7 +1213,7 @@ class ConvViT(Encoder):
         self.patch_embed2 = nn.Linear(4 * widths[0], widths[1])
         self.patch_embed3 = nn.Linear(4 * widths[1], widths[2])
         self.patch_embed4 = nn.Linear(widths[2], widths[2])
-        self.embed_norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-6) for width in widths)
+        self.embed_norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-5) for width in widths)
         rates = iter(np.linspace(0, drop_path, sum(depths)).tolist())
         self.blocks1 = nn.ModuleList(ConvBlock(widths[0], next(rates)) for _ in range(depths[0]))
         self.blocks2 = nn.ModuleList(ConvBlock(widths[1], next(rates)) for _ in range(depths[1]))
@@ -1206,7 +1221,8 @@ class ConvViT(Encoder):
         self.fusion1 = nn.Linear(16 * widths[0], widths[2]) if fusion else None
         self.fusion2 = nn.Linear(4 * widths[1], widths[2]) if fusion else None
         self.norm = nn.LayerNorm(widths[2], eps=1e-6)
-        self.apply(init_weights)
+        for module in (self.patch_embed3, self.patch_embed4, self.blocks3):
+            module.apply(init_weights)  # all other layers are convolutions with PyTorch's initialisation [ConvMAE]
 
     def forward(self, clip, mask=None):
         if mask is not None:
@@ -1350,9 +1366,9 @@ def gather(x):
     """The rows of all ranks, without gradient: [B, C] -> [B * world, C]."""
     if world_size() == 1:
         return x
-    rows = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(rows, x.contiguous())
-    return rows
+    rows = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(rows, x.contiguous())
+    return torch.cat(rows)
 
 
 def info_nce(query, key, temperature):
@@ -1400,6 +1416,9 @@ class CMAEV(nn.Module):
             nothing = torch.zeros_like(reconstruction)
             return dict(loss=reconstruction, reconstruction=reconstruction, contrast=nothing, accuracy=nothing)
 
+        if target is None or len(online) * world_size() < 2:
+            raise CMAEVError("the contrastive branch needs a target clip, the shape of the online one, and two or more "
+                             "clips in the global batch: give both, or contrast_weight=0")
         feature = visible.mean(dim=1)  # equation 2, the feature decoder removed (section 3)
         with torch.no_grad():
             target_feature = self.target_encoder(target).mean(dim=1)  # equation 3
@@ -1469,6 +1488,8 @@ def linear_probe(train, labels, test, classes, steps=500):
 
     train [n, D], labels int64 [n], test [M, D]. Whole-batch AdamW under a cosine: no augmentation, no choice of order.
     """
+    if len(train) < 2:
+        raise CMAEVError("a linear probe needs two or more training videos that can be read")
     width = train.shape[1]
     probe = nn.Sequential(nn.BatchNorm1d(width, affine=False, momentum=None), nn.Linear(width, classes))
     nn.init.zeros_(probe[1].weight)
@@ -1521,7 +1542,7 @@ def our_names(state):
     """
     ours = {}
     for name, value in state.items():
-        name = re.sub(r"^(module\.|_orig_mod\.|videomae\.)+", "", name)
+        name = re.sub(r"^(module\.|_orig_mod\.|videomae\.|backbone\.)+", "", name)
         for theirs, our in FOREIGN_NAMES:
             name = re.sub(theirs, our, name)
         ours[name] = value
@@ -1558,22 +1579,53 @@ FOREIGN_NAMES = (
 )
 
 
+HARMLESS = [argparse.Namespace, PurePosixPath, PureWindowsPath, PosixPath, WindowsPath, np.ndarray, np.dtype,
+            *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+            *((getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
+              for name in ("scalar", "_reconstruct") for core in ("core", "_core"))]  # beside tensors in others' files
+
+
 def load_tensors(path):
     """torch.load without running anything, after checking the sums of the file's parts, which torch does not."""
     if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
         raise ValueError(f"{part} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(HARMLESS):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_weights(path):
-    """A weight file, or a run's folder -> its state dict under this project's names.
+    """A weight file, a run's folder or one of Hugging Face's save_pretrained -> state dict under this project's names.
 
     Reads torch.save's files (with weights_only=True: nothing in them is run) and, where the package safetensors is
     installed, `.safetensors`. Raises CMAEVError for what is neither.
     """
-    path = Path(path) / "encoder.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise CMAEVError(f"{path}: no such file of weights: give a file, the folder of a run of pretrain.py, or none")
+    state = {}
+    for file in weight_files(Path(path)):
+        part = read_weight_file(file)
+        while inner := next((part[key] for key in WRAPPERS if isinstance(part.get(key), dict)), None):
+            part = inner
+        state |= {name: value for name, value in part.items() if torch.is_tensor(value)}
+    return our_names(state)
+
+
+WRAPPERS = "model", "module", "state_dict", "model_state", "teacher"  # where training scripts put the weights
+
+
+def weight_files(path):
+    """The files that hold the weights: of a run's folder, of Hugging Face's, sharded or not, or the file itself."""
+    if path.is_file():
+        return [path]
+    names = "encoder.pt", "model.safetensors", "pytorch_model.bin"
+    if found := [path / name for name in names if (path / name).is_file()]:
+        return found[:1]
+    for index in (path / f"{name}.index.json" for name in names[1:]):
+        if index.is_file():
+            return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    raise CMAEVError(f"{path}: no such file of weights: give a file, the folder of a run or of a model, or none")
+
+
+def read_weight_file(path):
+    """One file -> what it holds, a dict."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -1583,13 +1635,13 @@ def read_weights(path):
     except ImportError:
         raise CMAEVError(f"{path}: reading .safetensors needs the package safetensors: pip install it") from None
     except Exception as error:
-        raise CMAEVError(f"{path} cannot be read as weights ({type(error).__name__}): a file of tensors?") from None
+        reason = type(error).__name__
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it holds a {code[1]}, which could run code: save its state dict alone, where you trust it"
+        raise CMAEVError(f"{path} cannot be read as weights ({reason}): a file of tensors?") from None
     if not isinstance(state, dict):
         raise CMAEVError(f"{path} holds a {type(state).__name__} and not a dict of weights")
-    for key in ("model", "module"):  # this project's and VideoMAE's files; DeepSpeed's
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    return our_names({name: value for name, value in state.items() if torch.is_tensor(value)})
+    return state
 
 
 def load_encoder(path, encoder, decoder=None):
@@ -1639,6 +1691,32 @@ RECIPES = ("demo", "k400", "ssv2")
 MACHINE = {"workers", "compile", "log_every", "save_every", "picture_every", "results", "benchmark"}  # not the weights
 
 
+RANGES = (
+    ("epochs batch_size frames size tubelet patch rate repeats segments crops log_every save_every",
+     lambda x: 1 <= x < math.inf, "1 or more"),
+    ("seed warmup_epochs max_shift subset picture_every warmup_lr min_lr weight_decay clip_grad contrast_weight mixup "
+     "cutmix", lambda x: 0 <= x < math.inf, "0 or more"),
+    ("lr temperature", lambda x: 0 < x < math.inf, "more than 0"),
+    ("mask_ratio", lambda x: 0 < x < 1, "more than 0 and less than 1"),
+    ("layer_decay smallest_crop", lambda x: 0 < x <= 1, "more than 0 and at most 1"),
+    ("momentum erasing bad_share", lambda x: 0 <= x <= 1, "0 to 1"),
+    ("beta1 beta2 drop_path smoothing", lambda x: 0 <= x < 1, "0 or more and less than 1"),
+    ("workers", lambda x: x >= -1, "-1 or more"),
+)
+
+
+def check_ranges(settings, by_hand):
+    """Raises CMAEVError, naming flag and range, for a number that is out of its range."""
+    for names, allowed, text in RANGES:
+        for name in names.split():
+            if hasattr(settings, name) and not allowed(getattr(settings, name)):
+                raise CMAEVError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give {text}")
+    if settings.warmup_epochs >= settings.epochs and by_hand & {"epochs", "warmup_epochs"}:
+        raise CMAEVError(f"--warmup-epochs {settings.warmup_epochs}: give less than the {settings.epochs} of --epochs")
+    if settings.__dict__.get("predict") == [] and "predict" in by_hand:
+        raise CMAEVError("--predict: name one or more videos; behind -- where a name begins with -")
+
+
 def read_settings(table, description):
     """Command line -> settings, and the names of those that were given by hand.
 
@@ -1654,9 +1732,14 @@ def read_settings(table, description):
         if kind is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         elif kind is list:
-            how = dict(nargs="+", metavar="FILE")
+            how = dict(nargs="*", metavar="FILE")
         parser.add_argument(f"--{flag}", help=f"{text} [{default}]".replace("%", "%%"), **how)
-    settings = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    settings = parser.parse_args(sys.argv[1:end])
+    if files := sys.argv[end + 1:]:  # files whose names may begin with -
+        if getattr(settings, "predict", None) is None:
+            raise CMAEVError(f"{files[0]}: only --predict takes files")
+        settings.predict += files
     by_hand = {name for name, value in vars(settings).items() if value is not None}
     settings.recipe = settings.recipe or "demo"
     if "data" in by_hand and "val" not in by_hand:
@@ -1664,8 +1747,7 @@ def read_settings(table, description):
     for name, value in recipe(table, settings.recipe).items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
-    if settings.seed < 0:
-        raise CMAEVError(f"--seed {settings.seed}: give 0 or a positive number")
+    check_ranges(settings, by_hand)
     return settings, by_hand
 
 
@@ -1709,7 +1791,12 @@ def run_script(main):
     try:
         main()
     except (CMAEVError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
-        sys.exit(f"error: {last_line(error)}")
+        sys.exit(f"error{f' on rank {this_rank()}' if this_rank() else ''}: {last_line(error)}")
+    except RuntimeError as error:
+        if not re.search(r"shared memory|unable to (write|open|mmap|resize).*torch_|Bus error", str(error)):
+            raise
+        sys.exit("error: the shared memory, /dev/shm, is too small for the batches of the decoding processes: enlarge "
+                 "it (docker run --shm-size=8g or --ipc=host), or give --workers 0")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -1717,6 +1804,7 @@ def run_script(main):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with torch's, each would be an error
             for worker in workers:
                 worker.kill()
+        unlock_runs()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1738,12 +1826,28 @@ def join_ranks():
 SAVED_AND_STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again"
 
 
-def notice_sigterm():
-    """From now on SIGTERM (from SLURM, torchrun, kill) does not end the process -> a function that says, on all ranks
-    at the same call of it, whether any rank has had one."""
-    had = []
-    signal.signal(signal.SIGTERM, lambda *_: had.append(True))
-    return lambda: bool(any_rank(torch.tensor(float(len(had)))))
+def notice_signals():
+    """From now on SIGTERM (from SLURM, torchrun, kill) and a first Ctrl-C do not end the process.
+
+    Returns a function that gives, on all ranks at the same call of it, the signal that any rank has received, or 0.
+    """
+    received = []
+
+    def note(number, _):
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return lambda: int(any_rank(torch.tensor(float(max(received, default=0)))))
+
+
+def stop_run(number, step):
+    """Ends the process after it has saved because of a signal."""
+    if this_rank() == 0:
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        print(f"stopped by {name}, saved after step {step}: the same command goes on", flush=True)
+    sys.exit(130 if number == signal.SIGINT else SAVED_AND_STOPPED)
 
 
 def any_rank(x):
@@ -1753,20 +1857,24 @@ def any_rank(x):
     return x
 
 
-def only_when_told(worker):
-    """A decoding process leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to all, to its trainer.
+def ignore_signals(worker):
+    """A decoding process leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to all, to the trainer.
 
-    It ends with it, as torch sees to from here on, and does not begin if that was killed meanwhile.
+    It ends with it, as torch sees to from here on, does not begin if that was killed meanwhile, and does not hold the
+    lock on the run's folder.
     """
-    if os.getppid() != multiprocessing.parent_process().pid:
+    trainer = multiprocessing.parent_process()
+    forked = multiprocessing.get_start_method() == "fork"  # else the parent may be a fork server
+    if not trainer.is_alive() or forked and os.getppid() != trainer.pid:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    unlock_runs()
 
 
 def loader(clips, workers, device, **batches):
     """torch's DataLoader as all loops here use it."""
-    return DataLoader(clips, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=only_when_told,
+    return DataLoader(clips, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
                       **batches)
 
 
@@ -1822,22 +1930,17 @@ def decay_groups(model, weight_decay):
 def layer_groups(model, weight_decay, layer_decay):
     """AdamW's groups for fine-tuning [VideoMAE]: each layer's rate is `layer_decay` times the next one's.
 
-    The classifier's own layers have scale 1, block i of L has layer_decay^(L - i), i from 0, the embedding ^(L + 1).
-    ConvViT's blocks count through its three stages, and a stage's embedding goes with the block before it. A group
-    carries its factor as "scale"; weight decay as in decay_groups.
+    The classifier's own layers have scale 1, transformer block i of L has layer_decay^(L - i), i from 0. All that comes
+    before the transformer blocks, in ConvViT stages 1 and 2 too [ConvMAE], has layer_decay^(L + 1). A group carries its
+    factor as "scale"; weight decay as in decay_groups.
     """
-    stages = [len(getattr(model.encoder, name)) for name in ("blocks", "blocks1", "blocks2", "blocks3")
-              if hasattr(model.encoder, name)]
-    groups = {}
+    blocks = "blocks3" if isinstance(model.encoder, ConvViT) else "blocks"
+    depth, groups = len(getattr(model.encoder, blocks)), {}
     for name, p in model.named_parameters():
-        layer = sum(stages) + 1
-        if match := re.match(r"encoder\.(blocks|patch_embed|embed_norms\.)(\d?)(?:\.(\d+))?", name):
-            kind, stage, block = match[1], int(match[2] or 1), int(match[3] or 0)
-            before = stage if kind == "embed_norms." else min(stage, len(stages)) - 1
-            layer = sum(stages[:before]) + (block + 1 if kind == "blocks" else 0)
-        key = layer, p.ndim > 1
-        group = groups.setdefault(key, dict(params=[], scale=layer_decay ** (sum(stages) + 1 - layer),
-                                            weight_decay=weight_decay if p.ndim > 1 else 0.0))
+        part, index = (*name.split("."), "")[1:3]
+        layer = depth + 1 if not name.startswith("encoder.") else int(index) + 1 if part == blocks else 0
+        group = groups.setdefault((layer, p.ndim > 1), dict(
+            params=[], scale=layer_decay ** (depth + 1 - layer), weight_decay=weight_decay if p.ndim > 1 else 0.0))
         group["params"].append(p)
     return list(groups.values())
 
@@ -1944,7 +2047,9 @@ class BadVideos:
 
 
 class Feed:
-    """A loader's batches on the device, the clips of all videos in one dimension. Masks and seeds stay on the CPU.
+    """A loader's batches on the device: [videos, repeats, ...] -> [repeats x videos, ...]. Masks, colours: on the CPU.
+
+    Clips of one video are not neighbours, so that mixup and cutmix, which mix neighbours, mix different videos.
 
     On CUDA the copies run from pinned memory on a stream of their own, beside the step before. `bad` gathers bad_of.
     """
@@ -1957,7 +2062,6 @@ class Feed:
         began = self.mark()
         batch = dict(next(self.batches))
         self.bad += bad_of(batch)
-        batch = {name: x.flatten(0, 1) for name, x in batch.items()}
         if self.copies:
             with torch.cuda.stream(self.copies):
                 batch = {name: x if name in ("mask", "colors") else x.to(self.device, non_blocking=True)
@@ -1966,6 +2070,7 @@ class Feed:
             for x in batch.values():
                 if x.is_cuda:
                     x.record_stream(torch.cuda.current_stream())
+        batch = {name: x.transpose(0, 1).flatten(0, 1) for name, x in batch.items()}
         self.waits.append((began, self.mark()))
         return batch
 
@@ -2110,14 +2215,15 @@ def open_run(folder, settings, free, device, videos):
     folder, settings = Path(folder), vars(settings)
     record, checkpoint = folder / "settings.json", folder / "checkpoint.pt"
     listed = [len(videos), hashlib.sha256(json.dumps(videos).encode()).hexdigest()[:16]]
-    if record.exists():
+    if record.exists() and checkpoint.exists():
         about = json.loads(record.read_text())
         old = about["settings"]
         other = [f"{name} {old.get(name)} -> {value}" for name, value in settings.items()
                  if name not in free and old.get(name) != value]
         if other:
-            raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(other)}): "
-                             "give the old ones to go on, or another --out")
+            longer = "; a run of another length starts anew, as the learning rate falls to its end"
+            raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(other)}): give the old ones to "
+                             f"go on, or another --out{longer if old.get('epochs') != settings['epochs'] else ''}")
         if about["videos"] != listed:
             raise CMAEVError(f"{settings['data']} has changed since {folder} began ({about['videos'][0]} videos then, "
                              f"{listed[0]} now): restore it, or give another --out")
@@ -2127,11 +2233,33 @@ def open_run(folder, settings, free, device, videos):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CMAEVError(f"--out {folder} cannot be made ({error.strerror}): give another folder") from None
+        lock_run(folder)
         about = dict(settings=settings, videos=listed, commit=git_commit(), device=device_name(device),
                      world_size=world_size(), python=platform.python_version(), **versions)
         with whole_file(record, "w") as file:
             json.dump(about, file, indent=1)
     return read_checkpoint(checkpoint)
+
+
+LOCKS = []  # open files of the folders that this process trains in
+
+
+def lock_run(folder):
+    """Locks a run's folder until this process ends, however it ends. Raises CMAEVError where another one holds it."""
+    if fcntl is None:
+        return
+    LOCKS.append(open(folder / "lock", "a"))
+    try:
+        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CMAEVError(f"{folder} is in use by another process: wait for its end, or give another --out") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def unlock_runs():
+    while LOCKS:
+        LOCKS.pop().close()
 
 
 def read_checkpoint(path):

@@ -10,17 +10,17 @@ The same command run again goes on from the last checkpoint. `python finetune.py
 """
 
 import os
-import sys
+import signal
 import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+import cmaev  # before torch: it says how OpenMP's threads wait
+
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-
-import cmaev
 
 # One value, or one a recipe: demo, K400, SSv2. Where they come from: README, "Settings".
 SETTINGS = {
@@ -56,8 +56,8 @@ SETTINGS = {
     # optimisation
     "epochs": ((20, 75, 50), "passes over the videos"),
     "warmup-epochs": ((2, 5, 5), "epochs of linear warm-up"),
-    "batch-size": ((16, 512, 512), "videos a step, over all ranks; the learning-rate rule goes by it, without repeats"),
-    "lr": ((1.6e-2, 1e-3, 5e-4), "base learning rate, times batch size / 256"),
+    "batch-size": ((16, 384, 512), "videos a step, over all ranks; the learning-rate rule goes by it, without repeats"),
+    "lr": ((1.6e-2, 5e-4, 5e-4), "base learning rate, times batch size / 256"),
     "warmup-lr": (1e-6, "where the warm-up starts, times batch size / 256"),
     "min-lr": (1e-6, "where the cosine ends, times batch size / 256"),
     "layer-decay": (0.75, "factor of the learning rate from each layer to the one before it"),
@@ -159,7 +159,7 @@ def main():
     if s.subset:
         with cmaev.seeded(s.seed):
             videos = [videos[i] for i in torch.randperm(len(videos))[:s.subset]]
-    if s.batch_size % world or len(videos) < s.batch_size:
+    if not s.probe and (s.batch_size % world or len(videos) < s.batch_size):
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: needs a multiple of {world} ranks, and no more than the "
                                f"{len(videos)} videos of {s.data}")
     cmaev.check_readable(videos)
@@ -172,6 +172,8 @@ def main():
         probes = dict(linear=cmaev.linear_probe, knn=cmaev.nearest_neighbours)
         if s.probe not in probes:
             raise cmaev.CMAEVError(f"--probe {s.probe}: give linear or knn")
+        if s.encoder.startswith("convvit") and init and "fusion1.weight" not in cmaev.read_weights(init):
+            geometry.update(fusion=False)
         encoder = cmaev.build_encoder(s.encoder, **geometry)
         if init:
             cmaev.load_encoder(init, encoder)
@@ -188,6 +190,8 @@ def main():
                    f"(chance {100 / len(names):.2f} %)")
 
     # the model
+    if s.batch_size // world < 2 and (s.mixup or s.cutmix):
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: --mixup and --cutmix need two or more videos per rank")
     model = build(names, init)
     groups = cmaev.layer_groups(model, s.weight_decay, s.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True)
@@ -225,7 +229,7 @@ def main():
         trained = torch.compile(trained)
     feed = cmaev.Feed(cmaev.loader(clips, workers, device, batch_sampler=cmaev.Batches(
         len(videos), s.batch_size, steps, s.seed, rank, world, start)), device)
-    stopped = cmaev.notice_sigterm()
+    stopped = cmaev.notice_signals()
     scale = s.batch_size / 256
     began, logged = time.perf_counter(), start
     model.train()
@@ -244,7 +248,7 @@ def main():
         sums += torch.stack([loss.detach(), torch.ones((), device=device)]).where(fine, 0)
 
         done, last, stop = step + 1, step + 1 == steps, stopped()
-        log, save = done % s.log_every == 0 or last, done % s.save_every == 0 or last
+        log, save = done == 1 or done % s.log_every == 0 or last, done % s.save_every == 0 or last
         if log or save or stop:
             bad.note(feed.bad, done, done * s.batch_size)
             skipped = guard.check(run)  # waits for the device
@@ -260,6 +264,8 @@ def main():
                 print("step {step}/{steps}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm:.2f}  "
                       "{clips_per_s:.1f} clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(
                           steps=steps, left=left, **record), flush=True)
+            if done == 1:
+                say(f"the first step took {seconds:.1f} s{', compiling included' if s.compile else ''}", flush=True)
             sums.zero_()
             began, logged = time.perf_counter(), done
         if save or stop:
@@ -269,9 +275,9 @@ def main():
                     torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
                                     guard=guard.state_dict(), sums=sums, bad=bad.count, names=names), file)
         if stop and not last:
-            say(f"stopped by SIGTERM, saved after step {done}: the same command goes on")
-            sys.exit(cmaev.SAVED_AND_STOPPED)
+            cmaev.stop_run(stop, done)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     say(f"{bad.count} of {steps * s.batch_size} samples were of bad videos")
     test(model, tests, names, run)
 

@@ -10,19 +10,18 @@ The same command run again goes on from the last checkpoint. `python pretrain.py
 
 import json
 import os
-import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import repeat
 from pathlib import Path
 
+import cmaev  # before torch: it says how OpenMP's threads wait
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.io import write_png
 from torchvision.utils import make_grid
-
-import cmaev
 
 LOSSES = ("loss", "reconstruction", "contrast", "accuracy")
 DEMO = "data/demo/train.txt"
@@ -35,6 +34,7 @@ SETTINGS = {
     "subset": (0, "only the first N videos of a seeded shuffle; 0: all"),
     # the model
     "encoder": (("vit_tiny", "vit_base", "vit_base"), ", ".join(cmaev.ENCODERS)),
+    "fusion": (True, "ConvViT: add its stages 1 and 2 to the tokens (ConvMAE's multi-scale fusion)"),
     "frames": ((8, 16, 16), "frames a clip"),
     "size": ((48, 224, 224), "height and width of a clip, pixels"),
     "tubelet": (2, "frames a token"),
@@ -96,9 +96,11 @@ def main():
     steps, warmup = s.epochs * per_epoch, s.warmup_epochs * per_epoch
 
     # the model
+    geometry = dict(frames=s.frames, size=s.size, tubelet=s.tubelet, patch=s.patch)
+    if not s.fusion:
+        geometry.update(fusion=False)  # an argument of ConvViT alone
     torch.manual_seed(s.seed)
-    model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature,
-                        frames=s.frames, size=s.size, tubelet=s.tubelet, patch=s.patch)
+    model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature, **geometry)
     views = lambda videos, **how: cmaev.PretrainClips(
         videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size, s.mask_ratio, **how)
     clips = views(videos, repeats=s.repeats, seed=s.seed, two_views=bool(s.contrast_weight))
@@ -171,7 +173,7 @@ def main():
         f"{str(dtype or torch.float32).removeprefix('torch.')}" + (f"; going on from step {start}" if start else ""))
 
     # the loop
-    stopped = cmaev.notice_sigterm()
+    stopped = cmaev.notice_signals()
     feed, scale = load(steps, start), s.batch_size / 256
     began, logged = time.perf_counter(), start
     for step in range(start, steps):
@@ -179,7 +181,7 @@ def main():
         grad_norm = train_step(next(feed), lr)
 
         done, last, stop = step + 1, step + 1 == steps, stopped()
-        log, save = done % s.log_every == 0 or last, done % s.save_every == 0 or last
+        log, save = done == 1 or done % s.log_every == 0 or last, done % s.save_every == 0 or last
         if log or save or stop:
             bad.note(feed.bad, done, done * per_step)
             skipped = guard.check(run)  # waits for the device
@@ -200,6 +202,8 @@ def main():
                       "left".format(
                           steps=steps, weight=s.contrast_weight, left=left, **record),
                       flush=True)
+            if done == 1:
+                say(f"the first step took {seconds:.1f} s{', compiling included' if s.compile else ''}", flush=True)
             sums.zero_()
             began, logged = time.perf_counter(), done
 
@@ -219,8 +223,7 @@ def main():
                     torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
                                     guard=guard.state_dict(), sums=sums, bad=bad.count), file)
         if stop and not last:
-            say(f"stopped by SIGTERM, saved after step {done}: the same command goes on")
-            sys.exit(cmaev.SAVED_AND_STOPPED)
+            cmaev.stop_run(stop, done)
 
     keep_result()
     say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; {bad.count} of "

@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -107,17 +109,229 @@ def test_read_equals_a_plain_decode(tmp_path, name):
     assert np.array_equal(video.read(range(len(video))), expected)
 
 
-@pytest.mark.parametrize("turn, matrix", {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}.items())
-def test_rotation_flag(tmp_path, turn, matrix):
-    """The rotation is written into the track header by hand (ISO 14496-12: a b u c d v x y w), clockwise."""
+@pytest.mark.parametrize("matrix, shown", {
+    (1, 0, 0, 1): lambda x: x, (-1, 0, 0, 1): lambda x: x[:, :, ::-1], (1, 0, 0, -1): lambda x: x[:, ::-1],
+    (-1, 0, 0, -1): lambda x: np.rot90(x, 2, (1, 2)), (0, 1, -1, 0): lambda x: np.rot90(x, -1, (1, 2)),
+    (0, -1, 1, 0): lambda x: np.rot90(x, 1, (1, 2)), (0, 1, 1, 0): lambda x: x.swapaxes(1, 2),
+    (0, -1, -1, 0): lambda x: np.rot90(x, 2, (1, 2)).swapaxes(1, 2), (0, 0, 0, 0): lambda x: x}.items())
+def test_display_matrix(tmp_path, matrix, shown):
+    """The eight turned and mirrored ones, written into the track header by hand (ISO 14496-12: a b u c d v x y w)."""
     data = write(tmp_path / "upright.mp4", frames=5).read_bytes()
     a, b, c, d = (v << 16 for v in matrix)
-    identity = b"".join(v.to_bytes(4, "big", signed=True) for v in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
-    turned = b"".join(v.to_bytes(4, "big", signed=True) for v in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     at = data.index(identity, data.index(b"tkhd"))
-    (tmp_path / "turned.mp4").write_bytes(data[:at] + turned + data[at + 36:])
+    matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(data[:at] + matrix + data[at + 36:])
     upright, turned = (cmaev.Video(tmp_path / f"{name}.mp4").read(range(5)).numpy() for name in ("upright", "turned"))
-    assert np.array_equal(turned, np.rot90(upright, -turn // 90, axes=(1, 2)))
+    assert np.array_equal(turned, shown(upright))
+
+
+def decode_from_start(path):
+    """Every frame of the best stream: packet by packet, errors passed over, the decoder flushed."""
+    frames = []
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        stream.codec_context.thread_count = 1  # what is made up for damaged frames depends on it
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.error.FFmpegError:
+                packet = None
+            try:
+                if packet is None or packet.size:
+                    frames += [frame.to_ndarray(format="rgb24") for frame in stream.codec_context.decode(packet)]
+            except av.error.FFmpegError:
+                pass
+            if packet is None:
+                return np.stack(frames)
+
+
+def same_frames(path, count=None):
+    """Video against decode_from_start: the number of frames, each frame alone in random order, all in one read."""
+    expected, video = decode_from_start(path), cmaev.Video(path)
+    assert len(video) == len(expected) == (count or len(expected))
+    for i in np.random.default_rng(2).permutation(len(expected)).tolist():
+        assert np.array_equal(video.read([i])[0], expected[i]), i
+    assert np.array_equal(video.read(range(len(video))), expected)
+    return video
+
+
+def remux(source, target, change=lambda i, packet: True, **options):
+    """Copies the packets of a file, in their order, of which `change(i, packet)` is true."""
+    with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for i, packet in enumerate(old.demux(old.streams.video[0])):
+            if packet.size and change(i, packet):
+                packet.stream = stream
+                new.mux(packet)
+    return target
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="wants Debian's ffmpeg")
+@pytest.mark.parametrize("name", FILES)
+def test_read_equals_ffmpegs_own_decode(tmp_path, name):
+    path = write(tmp_path / name, **FILES[name])
+    video = cmaev.Video(path)
+    frames = video.read(range(len(video))).numpy().astype(int)
+    raw = subprocess.run(["ffmpeg", "-v", "quiet", "-i", path, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt",
+                          "rgb24", "-"], capture_output=True, check=True).stdout
+    truth = np.frombuffer(raw, np.uint8).reshape(-1, *frames.shape[1:])
+    assert len(truth) == len(frames)
+    for i, frame in enumerate(frames):  # versions of FFmpeg convert 10 bits and odd sizes to RGB differently
+        distance = np.abs(truth - frame).mean(axis=(1, 2, 3))
+        assert distance.argmin() == i and distance[i] < 12
+
+
+def test_packed_b_frames(tmp_path):
+    """As XviD and DivX write AVI files: a P-frame and the B-frame before it in one packet, then a frame not coded."""
+    source, packets = write(tmp_path / "b.avi", codec="mpeg4", frames=40, bf="1", g="12"), []
+    with av.open(str(source)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    packed, i = [], 0
+    while i < len(packets):
+        is_b = i + 1 < len(packets) and packets[i + 1][packets[i + 1].index(b"\0\0\1\xb6") + 4] >> 6 == 2
+        packed.append(packets[i] + (packets[i + 1] if is_b else b""))
+        if is_b:
+            packed.append(b"\0\0\1\xb6" + bytes([0b01010000, 0b01011111]))  # P, time 0 of 25, not coded
+        i += 1 + is_b
+    start = packed[0].index(b"\0\0\1\xb2") if b"\0\0\1\xb2" in packed[0] else packed[0].index(b"\0\0\1\xb6")
+    packed[0] = packed[0][:start] + b"\0\0\1\xb2DivX503b1393p" + packed[0][packed[0].index(b"\0\0\1\xb6"):]
+    with av.open(str(source)) as old, av.open(str(tmp_path / "packed.avi"), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for i, data in enumerate(packed):
+            packet = av.Packet(data)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, Fraction(1, 25)
+            packet.is_keyframe = data[data.index(b"\0\0\1\xb6") + 4] >> 6 == 0
+            new.mux(packet)
+    assert len(packed) >= 38
+    same_frames(tmp_path / "packed.avi")
+    same_frames(source)
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+def test_mp4_without_a_sync_table(tmp_path, codec):
+    """Every sample then passes for a key frame."""
+    data = write(tmp_path / "v.mp4", codec=codec, g="30").read_bytes()
+    assert data.count(b"stss") == 1
+    (tmp_path / "no-sync.mp4").write_bytes(data.replace(b"stss", b"free"))
+    same_frames(tmp_path / "no-sync.mp4", 60)
+
+
+def test_a_file_that_refuses_to_seek(tmp_path):
+    """The sync table names sample 9 as the first key frame: seeking to the start is an error."""
+    data = bytearray(write(tmp_path / "v.mp4", g="60").read_bytes())
+    at = data.index(b"stss")
+    assert data[at + 8:at + 16] == bytes([0, 0, 0, 1, 0, 0, 0, 1])
+    data[at + 15] = 9
+    (tmp_path / "other-key.mp4").write_bytes(data)
+    same_frames(tmp_path / "other-key.mp4", 60)
+
+
+@pytest.mark.parametrize("name, options", {
+    "h264.ts": {}, "open-gop.ts": dict(x264_params="open-gop=1:keyint=12:bframes=3"), "hevc.ts": dict(codec="libx265",
+    x265_params=X265 + "1"), "mpeg2.ts": dict(codec="mpeg2video", bf="2", g="12"), "mpeg4.avi": dict(codec="mpeg4")
+}.items())
+@pytest.mark.parametrize("suffix", ["same", "mkv"])
+def test_streams_that_begin_inside_a_group_of_pictures(tmp_path, name, options, suffix):
+    source = write(tmp_path / name, **{"g": "12"} | options)
+    cut = remux(source, tmp_path / f"cut{source.suffix if suffix == 'same' else '.mkv'}", lambda i, packet: i >= 7)
+    with av.open(str(cut)) as container:
+        packets = sum(packet.size > 0 for packet in container.demux(video=0))
+    video = same_frames(cut)
+    assert len(video) < packets or "mpeg4" in name
+
+
+@pytest.mark.parametrize("name, options", {
+    "fast.mp4": dict(muxer=dict(movflags="faststart")), "v.mkv": {}, "v.ts": {}, "v.avi": dict(codec="mpeg4"),
+    "parts.mp4": dict(muxer=dict(movflags="frag_keyframe+empty_moov")), "v.flv": {}, "v.webm": dict(codec="libvpx"),
+    "v.h264": {}}.items())
+def test_truncated_files(tmp_path, name, options):
+    data, counts = write(tmp_path / name, **{"g": "12"} | options).read_bytes(), set()
+    for share in (0.5, 0.8, 0.95):
+        path = tmp_path / f"{share}-{name}"
+        path.write_bytes(data[:int(share * len(data))])
+        counts.add(len(same_frames(path)))
+    assert len(counts) == 3 and min(counts) < 40
+
+
+def test_the_best_of_several_video_streams(tmp_path):
+    """A cover of one frame as the first stream; a smaller film before the larger one."""
+    film = [np.full((48, 64, 3), 8 * i, np.uint8) for i in range(30)]
+    still, small = (np.zeros((*size, 3), np.uint8) for size in ((200, 200), (32, 48)))
+    for name, first in {"cover.mkv": ("mjpeg", "yuvj420p", [still]), "two.mkv": ("ffv1", "bgr0", [small] * 30)}.items():
+        with av.open(str(tmp_path / name), "w") as container:
+            streams = []
+            for codec, pixels, frames in (first, ("ffv1", "bgr0", film)):
+                height, width, _ = frames[0].shape
+                stream = container.add_stream(codec, rate=25)
+                stream.height, stream.width, stream.pix_fmt = height, width, pixels
+                streams.append((stream, frames))
+            streams[0][0].disposition = av.stream.Disposition(0)
+            streams[1][0].disposition = av.stream.Disposition.default
+            for stream, frames in streams:
+                packets = [p for frame in frames for p in stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24"))]
+                container.mux(packets + stream.encode(None))
+        video = cmaev.Video(tmp_path / name)
+        assert len(video) == 30 and np.array_equal(video.read([7, 3]), np.stack([film[7], film[3]]))
+
+
+def test_a_change_of_size_inside_a_file(tmp_path):
+    """All frames come out at the size of the first one, as from ffmpeg."""
+    parts = [write(tmp_path / f"{size[0]}.h264", frames=20, size=size) for size in ((48, 64), (96, 80))]
+    (tmp_path / "both.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert cmaev.Video(tmp_path / "both.h264").read(range(40)).shape == (40, 48, 64, 3)
+
+
+def png_16_bit(value, side=8):
+    """A grey PNG of 16 bits by hand (W3C PNG: signature, IHDR, IDAT, IEND)."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    rows = b"".join(b"\0" + struct.pack(">H", value) * side for _ in range(side))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 16, 0, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("value, expected", [(0, 0), (32768, 128), (65535, 255)])
+def test_png_of_16_bits(tmp_path, value, expected):
+    (tmp_path / "0.png").write_bytes(png_16_bit(value))
+    frame = cmaev.Video(tmp_path).read([0])
+    assert frame.dtype == torch.uint8 and frame.unique().tolist() == [expected]
+
+
+def test_orientation_in_exif(tmp_path):
+    """The eight orientations of TIFF, written into the file by hand, against numpy."""
+    picture = np.zeros((16, 32, 3), np.uint8)
+    picture[:8, :8], picture[8:, 24:] = 255, 128
+    write_jpeg(torch.from_numpy(picture).permute(2, 0, 1), str(tmp_path / "plain.jpg"), quality=100)
+    data = (tmp_path / "plain.jpg").read_bytes()
+    shown = {1: picture, 2: picture[:, ::-1], 3: picture[::-1, ::-1], 4: picture[::-1], 5: picture.swapaxes(0, 1),
+             6: np.rot90(picture, -1), 7: np.rot90(picture, 2).swapaxes(0, 1), 8: np.rot90(picture)}
+    for orientation, expected in shown.items():
+        exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0" + bytes([orientation, 0, 0, 0]) + bytes(4)
+        folder = tmp_path / str(orientation)
+        folder.mkdir()
+        (folder / "0.jpg").write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:])
+        frame = cmaev.Video(folder).read([0])[0].numpy().astype(int)
+        assert frame.shape == expected.shape and np.abs(frame - expected).mean() < 3, orientation
+
+
+def test_pictures_that_cannot_be_cropped_are_bad_videos(tmp_path, demo):
+    (tmp_path / "0.png").write_bytes(png_16_bit(9, side=1))
+    good, _ = cmaev.read_list(demo / "train.txt")[0]
+    clips = cmaev.PretrainClips([(str(tmp_path), 0), (good, 0)], (2, 4, 4), frames=4, rate=2, max_shift=4, size=32)
+    assert json.loads(clips[0, 0]["bad"])[0][0] == str(tmp_path) and clips[0, 1]["bad"] == "[]"
+
+
+def test_formats(tmp_path):
+    for name, options in {"v.y4m": dict(codec="rawvideo"), "v.apng": dict(codec="apng", pixels="rgb24"),
+                          "v.mjpeg": dict(codec="mjpeg", pixels="yuvj420p"), "v.gif": dict(codec="gif", pixels="rgb8"),
+                          "v.mxf": dict(codec="mpeg2video"), "v.vob": dict(codec="mpeg2video"), "v.m2ts": {},
+                          "v.rm": dict(codec="rv20", size=(48, 64))}.items():
+        if options.get("codec") in av.codecs_available or not options:
+            same_frames(write(tmp_path / name, **{"codec": "libx264"} | options), 60)
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nv.y4m\n#EXT-X-ENDLIST\n")
+    with pytest.raises(cmaev.BadVideo, match="format is not allowed"):
+        cmaev.Video(tmp_path / "list.m3u8")
 
 
 @pytest.mark.parametrize("b_frames", [0, 3])
@@ -672,6 +886,8 @@ SHORT = ("--recipe demo --encoder vit_tiny --frames 4 --size 32 --patch 8 --mask
 
 def run_pretrain(*arguments):
     """pretrain.py in this process -> what it ends with: None, or the line that it exits with."""
+    if "--data" in arguments and "--recipe" not in arguments:
+        arguments = "--recipe", "demo", *arguments
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
         try:
@@ -775,7 +991,7 @@ def score_as_rank(folder):
                 "--out", f"{folder}/tuned", "--workers", "0", "--batch-size", "12"]
     finetune.main()
     if torch.distributed.get_rank() == 0:
-        shutil.copy(f"{folder}/tuned/predictions.csv", f"{folder}/scored-{world}.csv")
+        shutil.copy(f"{folder}/tuned/eval/predictions.csv", f"{folder}/scored-{world}.csv")
     torch.distributed.destroy_process_group()
 
 
@@ -897,6 +1113,7 @@ def wrong(tmp_path_factory):
              "audio": "audio.mp4 0\n", "text": "text.mp4 0\n", "good": "good.mp4 0\n" * 8}
     for name, text in lists.items():
         (folder / f"{name}.txt").write_text(text)
+    (folder / "nothing").mkdir()
     return folder
 
 
@@ -917,18 +1134,18 @@ def wrong(tmp_path_factory):
     ("--data good.txt --batch-size 5 --repeats 2", "a multiple"),
     ("--recipe k400", "needs --data"),
     ("--data good.mp4", "good.mp4: is no text"),
-    ("--data .", "no videos in it"),
+    ("--data nothing", "no videos in it"),
     ("--data good.txt --seed -1", "--seed -1"),
     ("--data good.txt --batch-size 4 --out good.txt/run", "--out good.txt/run cannot be made"),
 ])
-def test_wrong_input_ends_in_last_line(wrong, monkeypatch, arguments, words):
+def test_wrong_input_ends_in_one_line(wrong, monkeypatch, arguments, words):
     monkeypatch.chdir(wrong)
     end = run_pretrain(*arguments.split())
     assert end.startswith("error: ") and words in end and "\n" not in end
     assert not Path("runs").exists()
 
 
-def test_a_video_that_breaks_in_a_worker_ends_in_last_line(wrong, monkeypatch):
+def test_a_video_that_breaks_in_a_worker_ends_in_one_line(wrong, monkeypatch):
     monkeypatch.chdir(wrong)
     Path("late.txt").write_text("good.mp4 0\n" + "audio.mp4 0\n" * 7)
     end = run_pretrain("--data", "late.txt", "--batch-size", 4, "--workers", 1, "--out", "late")
@@ -1260,6 +1477,8 @@ TUNE = ("--recipe demo --frames 4 --size 32 --patch 8 --batch-size 8 --epochs 3 
 
 
 def run_finetune(*arguments):
+    if "--data" in arguments and "--recipe" not in arguments:
+        arguments = "--recipe", "demo", *arguments
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
         try:
@@ -1281,9 +1500,8 @@ def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys):
     assert [row.split(",")[:2] for row in rows[1:]] == [
         [path, cmaev.DEMO_CLASSES[label]] for path, label in cmaev.read_list(demo / "val.txt")]
     ask = [*TUNE, "--out", tuned, "--workers", 0, "--data", demo / "train.txt", "--val", demo / "val.txt"]
-    (tuned / "predictions.csv").unlink()
     assert run_finetune(*ask, "--eval") is None
-    assert (tuned / "predictions.csv").read_text().splitlines() == rows
+    assert (tuned / "eval" / "predictions.csv").read_text().splitlines() == rows
     file = cmaev.read_list(demo / "val.txt")[3][0]
     capsys.readouterr()
     assert run_finetune(*ask, "--predict", file) is None
@@ -1336,10 +1554,10 @@ def test_ranks_score_every_video_once(demo, tuned, two_ranks, three_ranks, world
     ("--data good.txt --val good.txt --init none --probe deep", "--probe deep: give linear or knn"),
     ("--data good.txt --val good.txt --init none --sampling often", "--sampling often"),
     ("--data good.txt --val text.txt --init none --batch-size 4 --probe knn --workers 1", "text.mp4: cannot be opened"),
-    ("--predict good.mp4 --out nothing", "nothing holds no checkpoint.pt"),
+    ("--predict good.mp4 --out nothing", "nothing holds no run"),
     ("--recipe k400", "--data is not given"),
 ])
-def test_wrong_input_to_finetune_ends_in_last_line(wrong, monkeypatch, arguments, words):
+def test_wrong_input_to_finetune_ends_in_one_line(wrong, monkeypatch, arguments, words):
     monkeypatch.chdir(wrong)
     Path("large.txt").write_text("good.mp4 7\n")
     Path("gap.txt").write_text("good.mp4 0\ngood.mp4 2\n")
@@ -1433,7 +1651,7 @@ def test_faults_a_decoding_process_does_not_outlive_a_trainer_killed_at_its_star
 
     def decode():
         time.sleep(0.5)
-        cmaev.only_when_told(0)
+        cmaev.ignore_signals(0)
         os.write(theirs, b"still there")
         os._exit(0)
     trainer = os.fork()
@@ -1622,7 +1840,7 @@ def test_faults_a_bad_video_counts_as_wrong_in_testing(demo, tuned, wrong, capsy
     for name in ("demo/val.txt", "holed.txt"):
         assert run_finetune(*ask, "--val", demo.parent / name) is None
         right.append([row.split(",")[1] == row.split(",")[2] for row in
-                      (tuned / "predictions.csv").read_text().splitlines()[1:]])
+                      (tuned / "eval" / "predictions.csv").read_text().splitlines()[1:]])
     output = capsys.readouterr().out
     assert right[1] == right[0] + [False] and f"of {len(listed) + 1} videos" in output and "audio.mp4: has no" in output
     assert f"top-1 {100 * np.mean(right[1]):.2f} %" in output
