@@ -38,7 +38,7 @@ import zipfile
 from bisect import bisect_left, bisect_right
 from collections import deque
 from copy import deepcopy
-from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads then leave the cores while they wait
 
@@ -1579,7 +1579,10 @@ FOREIGN_NAMES = (
 )
 
 
-HARMLESS = [argparse.Namespace, PurePosixPath, PureWindowsPath, PosixPath, WindowsPath, np.ndarray, np.dtype,
+HARMLESS = [argparse.Namespace, np.ndarray, np.dtype,
+            *((pure, f"{module}.{name}") for pure, names in ((PurePosixPath, ("PurePosixPath", "PosixPath")),
+                                                             (PureWindowsPath, ("PureWindowsPath", "WindowsPath")))
+              for name in names for module in ("pathlib", "pathlib._local")),
             *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
             *((getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
               for name in ("scalar", "_reconstruct") for core in ("core", "_core"))]  # beside tensors in others' files

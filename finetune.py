@@ -33,7 +33,7 @@ SETTINGS = {
     # what to do
     "probe": ("", "instead of fine-tuning: linear or knn, on frozen features"),
     "eval": (False, "only test the checkpoint in --out, with the settings of its run; writes to out/eval"),
-    "predict": ([], "only print the five best classes of these videos, by the checkpoint in --out"),
+    "predict": ([], "only print the five best classes of these videos, by the checkpoint in --out; -- before names with -"),
     # the model
     "encoder": (("vit_tiny", "vit_base", "vit_base"), ", ".join(cmaev.ENCODERS)),
     "frames": ((8, 16, 16), "frames a clip"),
@@ -278,6 +278,7 @@ def main():
             cmaev.stop_run(stop, done)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     say(f"{bad.count} of {steps * s.batch_size} samples were of bad videos")
     test(model, tests, names, run)
 

@@ -1,10 +1,12 @@
 """Every part against something independent of it: a slow loop, float64, a plain decode, one process against two."""
 
+import argparse
 import gc
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import struct
@@ -384,6 +386,89 @@ def test_lists_and_class_folders(tmp_path):
     assert cmaev.read_list(tmp_path) == [(take, 0), (str(tmp_path / "a/three.webm"), 0), (two, 1), (comma, 1)]
 
 
+def touch(root, *names):
+    for name in names:
+        path = os.path.join(os.fsencode(root), name if isinstance(name, bytes) else name.encode())
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        open(path, "w").close()
+    return root
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_line_that_is_a_path_has_no_label(tmp_path, encoding):
+    touch(tmp_path, "clip 2/1.jpg", "clip/1.jpg", "b.mp4", "\u00e9 3.mp4", "c,4.mp4")
+    text = "clip 2\r\nclip 2 7\r\nb.mp4\t5\r\n\u00e9 3.mp4\r\nc,4.mp4\r\nclip 30 1\r\n"
+    (tmp_path / "list.csv").write_bytes(text.encode(encoding))
+    expected = [("clip 2", None), ("clip 2", 7), ("b.mp4", 5), ("\u00e9 3.mp4", None), ("c,4.mp4", None), ("clip", 1)]
+    assert cmaev.read_list(tmp_path / "list.csv") == [(str(tmp_path / name), label) for name, label in expected]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    touch(tmp_path / "d", b"a/caf\xe9.mp4", "b/x.mp4")
+    (tmp_path / "list.txt").write_bytes(b"d/a/caf\xe9.mp4 0\n")
+    (path, label), = cmaev.read_list(tmp_path / "list.txt")
+    assert os.fsencode(path).endswith(b"caf\xe9.mp4") and label == 0 and cmaev.read_list(tmp_path / "d")[0] == (path, 0)
+    shutil.copy(write(tmp_path / "v.mp4", frames=5), os.fsencode(path))
+    assert len(cmaev.Video(path)) == 5
+    cmaev.report(torch.tensor([[0.7, 0.3]]), [(path, 0)], ["a", "b"], tmp_path)
+    assert b"caf\xe9.mp4,a,a,0.7000" in (tmp_path / "predictions.csv").read_bytes()
+
+
+def test_folders_as_people_have_them(tmp_path, capsys):
+    """Hidden entries are neither classes nor videos, sub-folders count, the root's own videos have no label."""
+    touch(tmp_path, *"""a/1.mp4 a/part/2.GIF a/._1.mp4 a/.thumbs/1.jpg a/take/1.png a/take/Thumbs.db b/1.mts b/2.M2TS
+        b/3.vob b/4.mxf b/notes.txt c/poster.jpg c/1.mp4 empty/readme.md @eaDir/x.mp4 __MACOSX/a/1.mp4
+        .ipynb_checkpoints/1.mp4 .x/1.mp4 flat.webm""".split())
+    read = [(os.path.relpath(path, tmp_path), label) for path, label in cmaev.read_list(tmp_path)]
+    assert read == [("a/1.mp4", 0), ("a/part/2.GIF", 0), ("a/take", 0), ("b/1.mts", 1), ("b/2.M2TS", 1), ("b/3.vob", 1),
+                    ("b/4.mxf", 1), ("c/1.mp4", 2), ("flat.webm", None)]
+    assert "3 files are no videos and left out, such as" in capsys.readouterr().out
+    names = cmaev.class_names([video for video in cmaev.read_list(tmp_path) if video[1] is not None], tmp_path)
+    assert names == ["a", "b", "c"]
+
+
+def test_a_long_list_is_read_as_fast_as_a_plain_loop_but_for_a_factor(tmp_path, monkeypatch):
+    monkeypatch.chdir(touch(tmp_path, *(f"v{i:05d}.mp4" for i in range(20_000))))
+    Path("l.txt").write_text("".join(f"v{i:05d}.mp4 {i % 400}\n" for i in range(20_000)))
+    began = time.process_time()
+    videos = cmaev.read_list("l.txt")
+    took, began, names = time.process_time() - began, time.process_time(), set(os.listdir())
+    plain = [(name, int(label)) for name, label in (line.rsplit(None, 1) for line in open("l.txt")) if name in names]
+    assert videos == plain and took < 12 * (time.process_time() - began)
+
+
+@pytest.fixture
+def fruit(tmp_path):
+    """Training folders of three classes, and test videos of two, apple and cherry."""
+    return touch(tmp_path, *(f"train/{c}/{i}.mp4" for c in ("apple", "banana", "cherry") for i in range(25)),
+                 *(f"val/{c}/{i}.mp4" for c in ("apple", "cherry") for i in range(2)))
+
+
+def test_test_folders_are_matched_by_name(fruit):
+    train = cmaev.read_labelled(fruit / "train", "data")
+    names = cmaev.class_names(train, fruit / "train")
+    tests = cmaev.read_test_videos(fruit / "val", names, True)
+    assert names == ["apple", "banana", "cherry"] and [label for _, label in tests] == [0, 0, 2, 2]
+    touch(fruit, "val/durian/1.mp4")
+    with pytest.raises(cmaev.CMAEVError, match="class folders durian are none .* apple, banana, cherry"):
+        cmaev.read_test_videos(fruit / "val", names, True)
+    wrong, right = fruit / "wrong.txt", fruit / "right.txt"
+    wrong.write_text("val/apple/0.mp4 0\nval/cherry/0.mp4 1\n")
+    right.write_text("val/apple/0.mp4 0\nval/cherry/0.mp4 2\n")
+    assert [label for _, label in cmaev.read_test_videos(right, names, True)] == [0, 2]
+    with pytest.raises(cmaev.CMAEVError, match="cherry/0.mp4 has label 1, which is banana in .* folder is cherry"):
+        cmaev.read_test_videos(wrong, names, True)
+    assert len(cmaev.read_test_videos(wrong, names, False)) == 2  # two lists: the labels count
+
+
+def test_a_tenth_of_each_class_is_held_out(fruit):
+    videos = cmaev.read_labelled(fruit / "train", "data") + [("one.mp4", 3)]
+    train, tests = cmaev.hold_out(videos, 0)
+    assert sorted(train + tests) == sorted(videos) and ("one.mp4", 3) in train
+    assert [label for _, label in tests] == [0, 0, 1, 1, 2, 2] and cmaev.hold_out(videos, 0)[1] == tests
+    assert cmaev.hold_out(videos, 1)[1] != tests
+
+
 # The sampler ---------------------------------------------------------------------------------------------------------
 
 
@@ -635,13 +720,35 @@ def dense_convvit(model, clip, mask):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_convvit_on_visible_tokens_equals_the_dense_masked_computation(masked):
-    model, clip = small("convvit", frames=12), torch.randn(2, 3, 12, 32, 48)  # more time steps than a kernel reaches
-    mask = cmaev.tube_mask(2, model.grid, 0.5) if masked else torch.zeros(2, 36, dtype=torch.bool)
+@pytest.mark.parametrize("frames", [2, 4, 6, 12])  # one time step; fewer and more than a kernel reaches
+def test_convvit_on_visible_tokens_equals_the_dense_masked_computation(frames, masked):
+    model, clip = small("convvit", frames=frames), torch.randn(2, 3, frames, 32, 48)
+    mask = cmaev.tube_mask(2, model.grid, 0.5) if masked else torch.zeros(2, 3 * frames, dtype=torch.bool)
     outputs = model(clip, mask if masked else None), dense_convvit(model, clip, mask)
     torch.testing.assert_close(*outputs)
     gradients = [torch.autograd.grad(output.square().sum(), list(model.parameters())) for output in outputs]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_initialisation_and_epsilons_of_convvit():
+    """Convolutions are uniform within 1 / sqrt(inputs), Linear layers within sqrt(6 / (inputs + outputs))."""
+    model = cmaev.build_encoder("convvit_tiny", frames=4, size=32)
+    linear = ("patch_embed3", "patch_embed4", "blocks3")
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            inputs, outputs = p[0].numel(), len(p)
+            bound = math.sqrt(6 / (inputs + outputs)) if name.startswith(linear) else 1 / math.sqrt(inputs)
+            assert 0.9 * bound < p.abs().max() <= bound, name
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            assert module.eps == (1e-5 if name.startswith(("blocks1", "blocks2", "embed_norms")) else 1e-6), name
+
+
+def test_convvit_without_fusion():
+    model = cmaev.CMAEV("convvit_test", fusion=False, **TINY)
+    assert not any("fusion" in name for name in model.state_dict())
+    with pytest.raises(cmaev.CMAEVError, match="vit_test has no multi-scale fusion"):
+        cmaev.CMAEV("vit_test", fusion=False, **TINY)
 
 
 def test_convvit_needs_tubes():
@@ -787,6 +894,22 @@ def tiny(encoder="vit_test", batch=6, **settings):
     model = cmaev.CMAEV(encoder, **settings, **TINY)
     online = F.interpolate(torch.randn(batch, 3, 4, 8, 8), (4, 32, 32), mode="trilinear")
     return model, (online, online + 0.3 * torch.randn(batch, 3, 4, 32, 32), cmaev.tube_mask(batch, (2, 4, 4), 0.75))
+
+
+def test_calls_that_cannot_work_say_what_is_expected(demo):
+    model, (online, target, mask) = tiny()
+    for call, words in {
+            lambda: model(online, None, mask): "needs a target clip",
+            lambda: model(online[:1], target[:1], mask[:1]): "two or more clips",
+            lambda: model(online, target, mask[:, 1:]): "bool [B, N]",
+            lambda: model(online, target, mask.float()): "bool [B, N]",
+            lambda: model.encoder(online[0]): "clip [B, 3, T,",
+            lambda: clips_of(demo)[0]: "[epoch, index]",
+            lambda: labelled(demo)[0]: "[epoch, index]", lambda: clips_of(demo, mask_ratio=1.0): "mask ratio 1.0",
+            lambda: cmaev.temporal_shift_indices(0, 16, 4, 8): "num_frames 0"}.items():
+        with pytest.raises(cmaev.CMAEVError, match=re.escape(words)) as raised:
+            call()
+        assert not isinstance(raised.value, cmaev.BadVideo)
 
 
 def test_loss_is_equation_8():
@@ -1126,7 +1249,7 @@ def wrong(tmp_path_factory):
     ("--data text.txt --batch-size 2 --repeats 2", "text.mp4: cannot be opened as a video"),
     ("--data good.txt --batch-size 4 --size 50", "50x50 pixels does not divide"),
     ("--data good.txt --batch-size 4 --frames 3", "3 frames of 48x48"),
-    ("--data good.txt --batch-size 4 --mask-ratio 1", "mask ratio 1.0 masks 36 of 36"),
+    ("--data good.txt --batch-size 4 --mask-ratio 1", "--mask-ratio 1.0: give more than 0"),
     ("--data good.txt --batch-size 4 --encoder vgg", "no encoder 'vgg'"),
     ("--data good.txt --batch-size 4 --encoder convvit_tiny --size 60 --patch 6", "patch size 6"),
     ("--data good.txt --batch-size 4 --amp fp8", "--amp fp8"),
@@ -1151,6 +1274,80 @@ def test_a_video_that_breaks_in_a_worker_ends_in_one_line(wrong, monkeypatch):
     end = run_pretrain("--data", "late.txt", "--batch-size", 4, "--workers", 1, "--out", "late")
     assert end.startswith("error: ten videos in a row cannot be read, the last one: audio.mp4: has no video")
     assert "\n" not in end
+
+
+def test_openmp_threads_wait_passively():
+    """Set before torch loads its OpenMP, unless the user has set it."""
+    for given, expected in ({}, "passive"), (dict(OMP_WAIT_POLICY="active"), "active"):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        for script in ("cmaev", "pretrain", "finetune"):
+            code = f"""import builtins, os, sys
+load = builtins.__import__
+def spy(name, *rest, **more):
+    if name == "torch" and name not in sys.modules:
+        print(os.environ.get("OMP_WAIT_POLICY"))
+    return load(name, *rest, **more)
+builtins.__import__ = spy
+import {script}"""
+            run = subprocess.run([sys.executable, "-c", code], env=env, cwd=HERE, capture_output=True, text=True)
+            assert run.stdout.split()[0] == expected, script
+
+
+def test_a_run_without_a_checkpoint_can_start_with_other_settings(demo):
+    run = demo.parent / "died"
+    command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--workers", 0, "--epochs", 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cmaev.Guard, "step", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
+        with pytest.raises(MemoryError):
+            run_pretrain(*command)
+    assert (run / "settings.json").exists() and not (run / "checkpoint.pt").exists()
+    assert run_pretrain(*command, "--batch-size", 4) is None
+    end = run_pretrain(*command, "--batch-size", 4, "--epochs", 3)
+    assert "epochs 2 -> 3" in end and "a run of another length starts anew" in end and "\n" not in end
+
+
+def test_the_first_step_is_logged(undisturbed, demo, capsys):
+    assert [line["step"] for line in log_of(undisturbed)] == [1, 4, 8, 12, 16, 20]
+    run_pretrain(*SHORT, "--data", demo / "train.txt", "--out", demo.parent / "first", "--epochs", 2, "--workers", 0)
+    assert "the first step took" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_trainer_in_a_folder_is_refused(demo, workers):
+    """Also right after a kill -9, when the decoding processes of the first may still live."""
+    run = demo.parent / f"locked-{workers}"
+    command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--save-every", 1000]
+    first = start("pretrain.py", *command, "--workers", workers, "--epochs", 400)
+    assert wait_for(lambda: (run / "log.jsonl").exists() and cmaev.read_log(run), first)
+    end = run_pretrain(*command, "--workers", 0)
+    assert end == f"error: {run} is in use by another process: wait for its end, or give another --out"
+    first.kill()
+    first.wait()
+    assert run_pretrain(*command, "--workers", 0) is None
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_start_methods_of_decoding_processes(demo, tmp_path, method):
+    (tmp_path / "start.py").write_text(f"""if __name__ == "__main__":
+        import multiprocessing, runpy, sys
+        multiprocessing.set_start_method("{method}")
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")""")
+    command = [*SHORT, "--data", demo / "train.txt", "--out", tmp_path / "run", "--workers", 1, "--epochs", 2]
+    run = subprocess.run([sys.executable, tmp_path / "start.py", HERE / "pretrain.py", *map(str, command)],
+                         env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0 and "finished" in run.stdout, run.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("unshare"), reason="wants root")
+def test_small_shared_memory_is_one_line(demo, tmp_path):
+    command = [*SHORT, "--data", demo / "train.txt", "--out", tmp_path / "run", "--workers", 1, "--size", 96]
+    run = subprocess.run(["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "_",
+                          sys.executable, HERE / "pretrain.py", *map(str, command)], capture_output=True, text=True)
+    if "unshare" in run.stderr or "mount" in run.stderr:
+        pytest.skip("no mounts here")
+    assert run.stderr.splitlines()[-1].startswith("error: the shared memory, /dev/shm, is too small"), run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_checkpoint_of_another_model(undisturbed, demo):
@@ -1278,6 +1475,20 @@ def test_mixed_labels_are_the_shares_of_the_pixels(mixup, cutmix):
         assert soft.sum(dim=1) == pytest.approx([1, 1, 1])
 
 
+def test_clips_of_one_video_are_not_mixed():
+    """Of videos with a class each and two clips each, every mixed clip has two labels, unless its share is 0 or 1."""
+    batch = {"clip": torch.arange(6.).view(6, 1, 1, 1, 1, 1).expand(-1, 2, 3, 2, 8, 8), "label": torch.arange(6).view(
+        6, 1).expand(-1, 2)}
+    batch = next(cmaev.Feed([batch], torch.device("cpu")))
+    assert batch["label"].tolist() == batch["clip"][:, 0, 0, 0, 0].tolist() == [*range(6)] * 2
+    for alphas in ((0.8, 0), (0, 1.0)):
+        unmixed = 0
+        for i in range(20):
+            with cmaev.seeded(i):
+                unmixed += int((cmaev.mixing(*alphas, 6)(batch["clip"], batch["label"])[1].amax(dim=1) > 0.999).sum())
+        assert unmixed < 0.3 * 20 * 12  # a half, where neighbours are of one video
+
+
 def float64_vit(state, clip, heads):
     """The classifier of a ViT, word by word in float64 numpy."""
     w = {name: value.double().numpy() for name, value in state.items()}
@@ -1317,14 +1528,12 @@ def test_classifier_equals_float64():
     torch.testing.assert_close(model(clip), float64_vit(model.state_dict(), clip, heads=2), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name, depth", [("vit", 2), ("convvit", 5)])
-def test_layer_decay_by_name(name, depth):
+@pytest.mark.parametrize("name", ["vit", "convvit"])
+def test_layer_decay_by_name(name):
     sizes = dict(fusion=False) if name == "convvit" else {}
     model = cmaev.Classifier(small(name, **sizes), 5)
-    scales = {"fc_norm": 0, "head": 0, "patch_embed.": depth + 1, "patch_embed1": 6, "embed_norms.0": 6,
-              "patch_embed2": 4, "embed_norms.1": 4, "patch_embed3": 3, "patch_embed4": 3, "embed_norms.2": 3}
-    scales |= {f"blocks.{i}.": depth - i for i in range(2)} | {"blocks1.0": 5, "blocks1.1": 4, "blocks2.0": 3,
-                                                             "blocks3.0": 2, "blocks3.1": 1}
+    scales = {"fc_norm": 0, "head": 0, "patch_embed": 3, "embed_norms": 3, "blocks1": 3, "blocks2": 3}
+    scales |= {f"{blocks}.{i}.": 2 - i for i in range(2) for blocks in ("blocks", "blocks3")}
     groups = cmaev.layer_groups(model, 0.05, 0.5)
     names, seen = {id(p): name for name, p in model.named_parameters()}, 0
     for group in groups:
@@ -1390,6 +1599,12 @@ LAYOUTS = {
     "transformers 4": lambda state: hugging_face_names(state, "q_bias"),
     "transformers 5": lambda state: hugging_face_names(state, "query.bias"),
     "transformers, bare model": lambda state: hugging_face_names(state, "q_bias", prefix=""),
+    "training script's": lambda state: {
+        "model": videomae_names(state, "encoder."), "epoch": 799, "best": np.float64(1), "history": np.arange(3),
+        "args": argparse.Namespace(lr=1e-3, output_dir=Path("runs"))},
+    "state_dict": lambda state: {"state_dict": {f"backbone.{n}": v for n, v in state.items()}},
+    "model_state": lambda state: {"model_state": state, "optimizer_state": {}},
+    "teacher": lambda state: {"student": {}, "teacher": {f"module.backbone.{n}": v for n, v in state.items()}},
     "ours, checkpoint": lambda state: {"step": 3, "model": {f"encoder.{n}": v for n, v in state.items()}
                                        | {f"target_encoder.{n}": 2 * v for n, v in state.items()}},
 }
@@ -1405,7 +1620,7 @@ def test_foreign_weights_load_into_the_right_places(tmp_path, encoder_without_k_
         assert name.startswith("norm.") and "fine-tuned" in layout or torch.equal(loaded[name], value), name
     loaded = len(state) - 2 * ("fine-tuned" in layout)
     assert f"{loaded} of the encoder's {len(state)} weights" in capsys.readouterr().out
-    inner = next((foreign[key] for key in ("model", "module") if key in foreign), foreign)
+    inner = next((foreign[key] for key in cmaev.WRAPPERS if key in foreign), foreign)
     lost = next(name for name in inner if "fc1.weight" in name or "intermediate.dense.weight" in name)
     del inner[lost]
     torch.save(foreign, path)
@@ -1444,9 +1659,30 @@ def test_weights_that_would_run_code_are_refused(tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
     torch.save({"model": Payload()}, tmp_path / "bad.pt")
-    with pytest.raises(cmaev.CMAEVError, match="cannot be read as weights"):
+    with pytest.raises(cmaev.CMAEVError, match="cannot be read as weights .it holds a .*run code: save its state"):
         cmaev.load_encoder(tmp_path / "bad.pt", small("vit"))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_folders_of_hugging_faces(tmp_path, encoder_without_k_bias, suffix, shards):
+    """As save_pretrained writes them: one file, or several with an index."""
+    state, stem = encoder_without_k_bias.state_dict(), {"bin": "pytorch_model", "safetensors": "model"}[suffix]
+    write_file = torch.save if suffix == "bin" else pytest.importorskip("safetensors.torch").save_file
+    foreign = {name: value.clone() for name, value in hugging_face_names(state, "q_bias").items()}
+    names = [f"{stem}.{suffix}"] if shards == 1 else [f"{stem}-0000{i + 1}-of-00002.{suffix}" for i in range(2)]
+    index = {name: names[i % shards] for i, name in enumerate(foreign)}
+    for file in names:
+        write_file({name: foreign[name] for name in foreign if index[name] == file}, tmp_path / file)
+    (tmp_path / "config.json").write_text("{}")
+    if shards == 2:
+        (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    loaded = cmaev.load_encoder(tmp_path, cmaev.VisionTransformer(24, 2, 2, **SMALL)).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    (tmp_path / names[-1]).unlink()
+    with pytest.raises(cmaev.CMAEVError, match="no such file|cannot be read"):
+        cmaev.load_encoder(tmp_path, small("vit"))
 
 
 def test_probes_separate_what_is_separable():
@@ -1542,6 +1778,61 @@ def test_ranks_score_every_video_once(demo, tuned, two_ranks, three_ranks, world
     assert (demo.parent / f"scored-{world}.csv").read_text() == (tuned / "predictions.csv").read_text()
 
 
+@pytest.mark.parametrize("flag, values, words", [
+    ("epochs batch-size frames size tubelet patch rate log-every save-every repeats", "0 -1", "1 or more"),
+    ("warmup-epochs max-shift subset picture-every contrast-weight weight-decay clip-grad seed", "-1", "0 or more"),
+    ("lr temperature", "0 -1 nan inf", "more than 0"), ("mask-ratio", "0 1 nan", "more than 0 and less than 1"),
+    ("momentum bad-share", "-0.1 1.1 nan", "0 to 1"), ("beta1 beta2", "-0.1 1", "less than 1"),
+    ("workers", "-2", "-1 or more"), ("warmup-epochs", "50 51", "less than the 50 of --epochs")])
+def test_numbers_out_of_range(flag, values, words):
+    for name in flag.split():
+        for value in values.split():
+            end = run_pretrain("--recipe", "demo", f"--{name}={value}")
+            assert end.startswith(f"error: --{name} {value}") and words in end and "\n" not in end
+
+
+@pytest.mark.parametrize("arguments, words", [
+    *((f"--{name}=0", "1 or more") for name in ("batch-size", "segments", "crops", "log-every", "repeats", "epochs")),
+    ("--layer-decay=0", "at most 1"), ("--smoothing=1", "less than 1"), ("--drop-path=1", "less than 1"),
+    ("--mixup=-1", "0 or more"), ("--erasing=2", "0 to 1"), ("--predict", "name one or more videos"),
+    ("--val good.txt", "--val without --data"), ("--data good.txt --val good.txt", "--data without --recipe: give "),
+    ("--recipe demo --data one.txt --val good.txt --init none --probe linear", "two or more training videos"),
+    ("--recipe demo --data good.txt --val good.txt --init none --batch-size 1 --mixup 1", "two or more videos per")])
+def test_numbers_out_of_range_in_finetuning(wrong, monkeypatch, arguments, words):
+    monkeypatch.chdir(wrong)
+    Path("one.txt").write_text("good.mp4 0\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["finetune.py", *arguments.split()])
+        with pytest.raises(SystemExit) as end:
+            cmaev.run_script(finetune.main)
+    assert str(end.value).startswith("error: ") and words in str(end.value) and "\n" not in str(end.value)
+    assert not Path("runs").exists()
+
+
+def test_eval_and_predict_take_the_settings_of_the_run(demo, tuned, capsys):
+    """Without one flag beside --out; a flag by hand wins; the run's own report stays."""
+    before, name = (tuned / "predictions.csv").read_text(), tuned.parent / "-x.mp4"
+    ask = ["--out", tuned, "--workers", 0]
+    assert run_finetune(*ask, "--eval") is None
+    assert (tuned / "eval" / "predictions.csv").read_text() == before == (tuned / "predictions.csv").read_text()
+    assert "2 x 2 views" in capsys.readouterr().out
+    assert run_finetune(*ask, "--eval", "--segments", 1) is None
+    assert "1 x 2 views" in capsys.readouterr().out and (tuned / "predictions.csv").read_text() == before
+    shutil.copy(cmaev.read_list(demo / "val.txt")[3][0], name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tuned.parent)
+        assert run_finetune(*ask, "--predict", "--", name.name) is None
+        assert capsys.readouterr().out.startswith("-x.mp4: " + before.splitlines()[4].split(",")[2])
+        assert run_finetune(*ask, "--predict=-x.mp4") is None
+
+
+def test_own_videos_without_val_hold_out_a_tenth(demo, undisturbed, capsys):
+    command = [*TUNE, "--data", demo / "train.txt", "--init", undisturbed, "--probe", "knn", "--workers", 0]
+    assert run_finetune(*command) is None
+    output = capsys.readouterr().out
+    assert "no --val: 10 of the 40 videos" in output and "of 10 videos, 30 labels" in output
+
+
 @pytest.mark.parametrize("arguments, words", [
     ("--data good.txt --val large.txt",
      "large.txt: good.mp4 has label 7: give 0 to 0, the classes of the training list"),
@@ -1631,19 +1922,19 @@ def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
     assert logs[0] == logs[1]
 
 
-def test_faults_sigterm_saves_and_ctrl_c_leaves_nothing_running(demo, undisturbed):
+def test_faults_sigterm_and_ctrl_c_save_and_leave_nothing_running(demo, undisturbed):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
     for sent, code in ((signal.SIGTERM, cmaev.SAVED_AND_STOPPED), (signal.SIGINT, 130)):
         run = demo.parent / f"signal-{sent}"
         command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--save-every", 1000, "--workers", 2,
-                   "--log-every", 1, *(["--epochs", 400] if sent == signal.SIGINT else [])]
+                   "--log-every", 1]
         process = start("pretrain.py", *command, start_new_session=True)
         assert wait_for(lambda: (run / "log.jsonl").exists() and cmaev.read_log(run), process)
         os.killpg(process.pid, sent)  # to the decoding processes, too, as a terminal and SLURM do
         assert process.wait(60) == code, process.stderr.read()
         assert all_gone(process.pid, seconds=10)
-        if sent == signal.SIGTERM:
-            assert run_pretrain(*command) is None and same_weights(run, undisturbed)
+        assert 1 <= torch.load(run / "checkpoint.pt", weights_only=True)["step"] < 20
+        assert run_pretrain(*command) is None and same_weights(run, undisturbed)
 
 
 def test_faults_a_decoding_process_does_not_outlive_a_trainer_killed_at_its_start():
@@ -2040,11 +2331,11 @@ def empty_gradients(loss, *_, **__):
     ("pretrain", "--amp bf16 --encoder convvit_tiny --repeats 2"), ("finetune", "--amp bf16 --mixup 0 --cutmix 0"),
     ("finetune", "--amp fp16 --encoder convvit_tiny --mixup 0 --cutmix 0")])
 def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, script, more):
-    """Two steps of the scripts themselves, without mixup: pretended tensors cannot become torchvision's subclass.
+    """Steps 2 and 3 of the scripts themselves, without mixup: pretended tensors cannot become torchvision's subclass.
 
     Backward passes: test_gpu_step_never_waits_for_the_device, on a GPU.
     """
-    device, updates = torch.device("cuda", 0), []
+    device, updates, feed, backward = torch.device("cuda", 0), [], cmaev.Feed, torch.Tensor.backward
     monkeypatch.setattr(cmaev, "join_ranks", lambda: (0, 1, device))
     monkeypatch.setattr(cmaev, "device_name", str)
     monkeypatch.setattr(cmaev, "_channel_statistics", cmaev._channel_statistics.__wrapped__)
@@ -2056,9 +2347,17 @@ def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, scri
     adamw = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: updates.append(0) or adamw(optimizer))
     settings, run = (SHORT, run_pretrain) if script == "pretrain" else ([*TUNE, "--init", "none"], run_finetune)
+    settings = [*settings, "--data", demo / "train.txt", "--val", demo / "val.txt", "--out", tmp_path / "run",
+                "--workers", 0, "--log-every", 100, "--save-every", 100, *more.split()]
+    with monkeypatch.context() as first:  # the first step is logged
+        first.setattr(cmaev, "join_ranks", lambda: (0, 1, torch.device("cpu")))
+        first.setattr(cmaev, "notice_signals", lambda: lambda: signal.SIGTERM)
+        first.setattr(cmaev, "Feed", feed)
+        first.setattr(torch.Tensor, "backward", backward)
+        assert run(*settings) == str(cmaev.SAVED_AND_STOPPED)
+    updates.clear()
     with PretendedGPU(allow_non_fake_inputs=True):
-        ended = run(*settings, "--data", demo / "train.txt", "--val", demo / "val.txt", "--out", tmp_path,
-                    "--workers", 0, "--log-every", 100, "--save-every", 100, *more.split())
+        ended = run(*settings)
     assert ended == "130" and len(updates) == 2
 
 
