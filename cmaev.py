@@ -2222,7 +2222,7 @@ def open_run(folder, settings, free, device, videos):
         about = json.loads(record.read_text())
         old = about["settings"]
         other = [f"{name} {old.get(name)} -> {value}" for name, value in settings.items()
-                 if name not in free and old.get(name) != value]
+                 if name not in free and old.get(name, value) != value]
         if other:
             longer = "; a run of another length starts anew, as the learning rate falls to its end"
             raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(other)}): give the old ones to "

@@ -33,7 +33,7 @@ SETTINGS = {
     # what to do
     "probe": ("", "instead of fine-tuning: linear or knn, on frozen features"),
     "eval": (False, "only test the checkpoint in --out, with the settings of its run; writes to out/eval"),
-    "predict": ([], "only print the five best classes of these videos, by the checkpoint in --out; -- before names with -"),
+    "predict": ([], "only print the five best classes of these videos by the checkpoint in --out (-- -x.mp4)"),
     # the model
     "encoder": (("vit_tiny", "vit_base", "vit_base"), ", ".join(cmaev.ENCODERS)),
     "frames": ((8, 16, 16), "frames a clip"),
@@ -132,8 +132,9 @@ def main():
     # asking and testing what is there
     if s.predict or s.eval:
         checkpoint = cmaev.read_checkpoint(run / "checkpoint.pt")
-        if checkpoint is None:
-            raise cmaev.CMAEVError(f"{run} holds no checkpoint.pt: fine-tune first, or give its folder with --out")
+        if checkpoint is None or "names" not in checkpoint:
+            raise cmaev.CMAEVError(f"{run} holds no checkpoint of finetune.py: fine-tune first, or give its folder with "
+                                   "--out")
         names = checkpoint["names"]
         model = build(names, None)
         cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
