@@ -1794,6 +1794,9 @@ def run_script(main):
     try:
         main()
     except (CMAEVError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows what it holds below its own traceback
+            about = dict(py_callstack=last_line(error), timestamp=str(int(time.time())))
+            Path(file).write_text(json.dumps({"message": {"message": last_line(error), "extraInfo": about}}))
         sys.exit(f"error{f' on rank {this_rank()}' if this_rank() else ''}: {last_line(error)}")
     except RuntimeError as error:
         if not re.search(r"shared memory|unable to (write|open|mmap|resize).*torch_|Bus error", str(error)):

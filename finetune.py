@@ -133,8 +133,7 @@ def main():
     if s.predict or s.eval:
         checkpoint = cmaev.read_checkpoint(run / "checkpoint.pt")
         if checkpoint is None or "names" not in checkpoint:
-            raise cmaev.CMAEVError(f"{run} holds no checkpoint of finetune.py: fine-tune first, or give its folder with "
-                                   "--out")
+            raise cmaev.CMAEVError(f"{run} holds no checkpoint of finetune.py: fine-tune first, or give another --out")
         names = checkpoint["names"]
         model = build(names, None)
         cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
