@@ -47,6 +47,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from av.sidedata.sidedata import SideDataContainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -346,7 +347,7 @@ class Video:
         if (frame.width, frame.height) != self.size:
             scale = dict(width=self.size[0], height=self.size[1], interpolation="BICUBIC")
         image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1, **scale))
-        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # frame.side_data would refer back to the frame: a cycle
         if matrix is None:
             return image
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)

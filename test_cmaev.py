@@ -1168,7 +1168,7 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     make_demo = cmaev.make_demo
     monkeypatch.setattr(cmaev, "make_demo", lambda folder: make_demo(folder, train=20, val=10))
     monkeypatch.chdir(tmp_path)
-    small = ["--epochs", 2, "--subset", 16, "--batch-size", 8, "--log-every", 1, "--repeats", 2]
+    small = ["--epochs", 2, "--warmup-epochs", 1, "--subset", 16, "--batch-size", 8, "--log-every", 1, "--repeats", 2]
     assert run_pretrain(*small) is None
     run = Path("runs/pretrain-demo")
     assert len(cmaev.read_list("data/demo/train.txt")) == 20 and len(cmaev.read_list("data/demo/val.txt")) == 10
@@ -2179,7 +2179,7 @@ def test_faults_full_disk(demo, tmp_path, monkeypatch):
 def test_faults_edited_list(demo, tmp_path):
     lines = (demo / "train.txt").read_text().splitlines()
     (tmp_path / "list.txt").write_text("".join(f"{demo}/{line}\n" for line in lines))
-    command = [*SHORT, "--data", tmp_path / "list.txt", "--out", tmp_path / "run", "--workers", 0, "--epochs", 1]
+    command = [*SHORT, "--data", tmp_path / "list.txt", "--out", tmp_path / "run", "--workers", 0, "--epochs", 2]
     assert run_pretrain(*command) is None
     (tmp_path / "list.txt").write_text("".join(f"{demo}/{line}\n" for line in lines[:-1]))
     assert "has changed since" in run_pretrain(*command)
