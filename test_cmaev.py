@@ -186,17 +186,19 @@ def test_read_equals_ffmpegs_own_decode(tmp_path, name):
 
 
 def test_packed_b_frames(tmp_path):
-    """As XviD and DivX write AVI files: a P-frame and the B-frame before it in one packet, then a frame not coded."""
-    source, packets = write(tmp_path / "b.avi", codec="mpeg4", frames=40, bf="1", g="12"), []
+    """As XviD and DivX write AVI files: a P-frame and its first B-frame in one packet, a frame not coded at the end."""
+    source = write(tmp_path / "b.avi", codec="mpeg4", frames=40, bf="2", g="12", b_strategy="0")
     with av.open(str(source)) as container:
         packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
-    packed, i = [], 0
-    while i < len(packets):
-        is_b = i + 1 < len(packets) and packets[i + 1][packets[i + 1].index(b"\0\0\1\xb6") + 4] >> 6 == 2
-        packed.append(packets[i] + (packets[i + 1] if is_b else b""))
-        if is_b:
-            packed.append(b"\0\0\1\xb6" + bytes([0b01010000, 0b01011111]))  # P, time 0 of 25, not coded
-        i += 1 + is_b
+    is_b, packed = [data[data.index(b"\0\0\1\xb6") + 4] >> 6 == 2 for data in packets] + [False], []
+    not_coded = b"\0\0\1\xb6" + bytes([0b01010000, 0b01011111])  # a P-frame, time 0 of 25
+    for i, data in enumerate(packets):
+        if is_b[i] and not is_b[i - 1]:
+            packed[-1] += data
+        else:
+            packed.append(data)
+        if is_b[i] and not is_b[i + 1]:
+            packed.append(not_coded)
     start = packed[0].index(b"\0\0\1\xb2") if b"\0\0\1\xb2" in packed[0] else packed[0].index(b"\0\0\1\xb6")
     packed[0] = packed[0][:start] + b"\0\0\1\xb2DivX503b1393p" + packed[0][packed[0].index(b"\0\0\1\xb6"):]
     with av.open(str(source)) as old, av.open(str(tmp_path / "packed.avi"), "w") as new:
