@@ -199,7 +199,7 @@ def test_packed_b_frames(tmp_path):
             packed.append(data)
         if is_b[i] and not is_b[i + 1]:
             packed.append(not_coded)
-    start = packed[0].index(b"\0\0\1\xb2") if b"\0\0\1\xb2" in packed[0] else packed[0].index(b"\0\0\1\xb6")
+    start = packed[0].index(b"\0\0\1\xb2" if b"\0\0\1\xb2" in packed[0] else b"\0\0\1\xb6")
     packed[0] = packed[0][:start] + b"\0\0\1\xb2DivX503b1393p" + packed[0][packed[0].index(b"\0\0\1\xb6"):]
     with av.open(str(source)) as old, av.open(str(tmp_path / "packed.avi"), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])
