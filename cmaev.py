@@ -170,8 +170,11 @@ class Video:
                 if (frames := self._collect(self._seek_and_decode(wanted), wanted)) is not None:
                     return frames
                 self._decode_whole_file()  # the frames are not as the packets say
-            frames = enumerate(self._decode() if self.kept is None else self.kept)
-            return self._collect(((i, self._to_rgb(frame)) for i, frame in frames if i in set(wanted)), wanted)
+            frames, asked = self._decode_from_start() if self.kept is None else self.kept, set(wanted)
+            found = self._collect(((i, self._to_rgb(frame)) for i, frame in enumerate(frames) if i in asked), wanted)
+            if found is None:
+                raise BadVideo(f"{self.path}: frame {wanted[-1]} cannot be decoded: damaged?")
+            return found
 
     def _collect(self, frames, wanted):
         """Pairs (index, image) up to the last wanted one -> dict, or None where one is missing."""
@@ -373,11 +376,6 @@ def image_size(data):
             return int.from_bytes(data[at + 7:at + 9]), int.from_bytes(data[at + 5:at + 7])
         at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2:at + 4])
     return 0, 0
-
-
-def last_line(error):
-    """The last line of an exception's message: what it says, without a traceback that a worker put before it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("cmaev.CMAEVError: ")
 
 
 HIDDEN = {"@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",

@@ -213,6 +213,16 @@ def test_packed_b_frames(tmp_path):
     same_frames(source)
 
 
+def test_large_files_without_an_index_are_decoded_for_each_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "v.avi", codec="mpeg4", frames=40, bf="2")
+    kept = cmaev.Video(path).read(range(40))
+    monkeypatch.setattr(cmaev, "MAX_KEPT", 10 * 48 * 64)
+    video = cmaev.Video(path)
+    assert video.kept is None and torch.equal(video.read(range(40)), kept)
+    assert torch.equal(video.read([31, 5, 5]), kept[[31, 5, 5]])
+    assert cmaev.last_line(cmaev.BadVideo("x\ncmaev.BadVideo: y")) == "y"
+
+
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_mp4_without_a_sync_table(tmp_path, codec):
     """Every sample then passes for a key frame."""
