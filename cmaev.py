@@ -311,7 +311,7 @@ class Video:
         return key > self.times[min(i + 16, self.length - 1)]
 
     def _decode(self, asked):
-        """The frames from here to the end, without those whose time is not in `asked` and to which no other refers."""
+        """Yields the frames from here to the end. Skips unreferenced frames whose time is not in `asked`."""
         for packet in self._packets():
             self.codec.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
             yield from self.codec.decode(packet)
@@ -395,9 +395,10 @@ def read_list(path):
     """Reads a list file or a folder of videos -> [(path of a video or of a folder of frames, label or None)].
 
     A list has one video per line: `path label`, `path,label`, VideoMAE's `path frames label`, or `path`; labels are
-    integers. Paths may hold spaces, and relative ones are relative to the list. A line that is a path as a whole has no
-    label. In a folder, the labels number the class folders root/class/ that hold videos, at any depth, in alphabetical
-    order; videos that lie in the root itself have no label. Hidden entries are ignored; other files are counted.
+    integers. Paths may hold spaces, and relative ones are relative to the list. If the whole line is a path that
+    exists, the video has no label. In a folder, the labels number the class folders root/class/ that hold videos, at
+    any depth, in alphabetical order; videos that lie in the root itself have no label. Hidden entries are ignored. The
+    number of files left out is printed.
     Raises CMAEVError, with the line's number, for a bad line or a path that does not exist.
     """
     path = os.fspath(path)
@@ -415,13 +416,13 @@ def read_list(path):
 def _read_folder(root):
     left_out = []
 
-    def videos_in(folder):
-        videos, others = [], []
+    def videos_in(folder, above=()):
+        videos, others, above = [], [], (*above, os.path.realpath(folder))
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if is_hidden(entry.name):
                 continue
             if entry.is_dir():
-                videos += videos_in(entry.path)
+                videos += videos_in(entry.path, above) if os.path.realpath(entry.path) not in above else []
             else:
                 is_video = os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES
                 (videos if is_video else others).append(entry.path)
@@ -435,7 +436,7 @@ def _read_folder(root):
     classes = sorted({parts[0] for parts in in_class.values() if len(parts) > 1})
     label = {name: number for number, name in enumerate(classes)}
     if left_out and this_rank() == 0:
-        print(f"{root}: {len(left_out)} files are no videos and left out, such as {left_out[0]}")
+        print(f"{root}: {len(left_out)} files are not videos and are left out, for example {left_out[0]}")
     return [(path, label[parts[0]] if len(parts) > 1 else None) for path, parts in in_class.items()]
 
 
@@ -508,7 +509,7 @@ def read_test_videos(path, names, by_name):
 
     Class folders are matched by name. The labels of a list count as they are; but where training had class folders
     (`by_name`), a label that contradicts the class folder in its path stops the run.
-    Raises CMAEVError for a class or a label that training had not.
+    Raises CMAEVError for a class or label that training did not have.
     """
     videos, in_folders, number = read_labelled(path, "val"), os.path.isdir(path), {n: i for i, n in enumerate(names)}
     own = {video: class_folder(video, path) for video, _ in videos} if in_folders else {}
@@ -517,11 +518,12 @@ def read_test_videos(path, names, by_name):
                          f"{', '.join(names)}: rename or remove them")
     if in_folders:
         return [(video, number[own[video]]) for video, _ in videos]
+    below = lambda video: os.path.relpath(video, os.path.dirname(path)).split(os.sep)  # the list's own folder
     for video, label in videos:
         if label >= len(names):
             raise CMAEVError(f"{path}: {video} has label {label}: give 0 to {len(names) - 1}, the classes of the "
                              "training list")
-        named = next((part for part in Path(video).parts[-2::-1] if part in number), names[label]) if by_name else None
+        named = next((part for part in below(video)[-2::-1] if part in number), names[label])
         if by_name and named != names[label]:
             raise CMAEVError(f"{path}: {video} has label {label}, which is {names[label]} in training, but its folder "
                              f"is {named}: number the classes as in training, or give a folder for --val")
@@ -1622,7 +1624,10 @@ def weight_files(path):
         return found[:1]
     for index in (path / f"{name}.index.json" for name in names[1:]):
         if index.is_file():
-            return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            try:
+                return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise CMAEVError(f"{index} is no index of weights: restore it, or give a file of weights") from None
     raise CMAEVError(f"{path}: no such file of weights: give a file, the folder of a run or of a model, or none")
 
 
@@ -1766,7 +1771,7 @@ def settings_of_run(run, settings, by_hand):
     """Takes over the settings of the run in a folder, but for those given by hand and those of the machine."""
     record = Path(run) / "settings.json"
     if not record.exists():
-        raise CMAEVError(f"{run} holds no run: fine-tune first, or give the folder of one with --out")
+        raise CMAEVError(f"{run} holds no run: fine-tune first, or name a run's folder with --out")
     for name, value in json.loads(record.read_text())["settings"].items():
         if name not in by_hand | MACHINE | {"out"} and hasattr(settings, name):
             setattr(settings, name, value)
@@ -1798,7 +1803,7 @@ def run_script(main):
             Path(file).write_text(json.dumps({"message": {"message": last_line(error), "extraInfo": about}}))
         sys.exit(f"error{f' on rank {this_rank()}' if this_rank() else ''}: {last_line(error)}")
     except RuntimeError as error:
-        if not re.search(r"shared memory|unable to (write|open|mmap|resize).*torch_|Bus error", str(error)):
+        if not re.search(r"(out of|insufficient) shared memory|unable to .*</?torch_|Bus error", str(error)):
             raise
         sys.exit("error: the shared memory, /dev/shm, is too small for the batches of the decoding processes: enlarge "
                  "it (docker run --shm-size=8g or --ipc=host), or give --workers 0")
@@ -1865,8 +1870,8 @@ def any_rank(x):
 def ignore_signals(worker):
     """A decoding process leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to all, to the trainer.
 
-    It ends with it, as torch sees to from here on, does not begin if that was killed meanwhile, and does not hold the
-    lock on the run's folder.
+    torch ends the worker when the trainer ends. A worker whose trainer is already dead exits at once. A worker releases
+    its copy of the lock on the run's folder.
     """
     trainer = multiprocessing.parent_process()
     forked = multiprocessing.get_start_method() == "fork"  # else the parent may be a fork server
@@ -2052,7 +2057,7 @@ class BadVideos:
 
 
 class Feed:
-    """A loader's batches on the device: [videos, repeats, ...] -> [repeats x videos, ...]. Masks, colours: on the CPU.
+    """A loader's batches on the device, [videos, repeats, ...] -> [repeats x videos, ...]. Masks, colours stay on CPU.
 
     Clips of one video are not neighbours, so that mixup and cutmix, which mix neighbours, mix different videos.
 
@@ -2226,7 +2231,7 @@ def open_run(folder, settings, free, device, videos):
         other = [f"{name} {old.get(name)} -> {value}" for name, value in settings.items()
                  if name not in free and old.get(name, value) != value]
         if other:
-            longer = "; a run of another length starts anew, as the learning rate falls to its end"
+            longer = "; --epochs sets the learning-rate schedule, so that another number of epochs needs a new run"
             raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(other)}): give the old ones to "
                              f"go on, or another --out{longer if old.get('epochs') != settings['epochs'] else ''}")
         if about["videos"] != listed:

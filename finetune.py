@@ -138,7 +138,9 @@ def main():
         model = build(names, None)
         cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
         if s.eval:
-            tests = cmaev.read_test_videos(s.val, names, os.path.isdir(s.data)) if s.val else labelled_videos()[1]
+            tests = checkpoint["held_out"]
+            if s.val:
+                tests = cmaev.read_test_videos(s.val, names, checkpoint["class_folders"])
             return test(model, tests, names, run / "eval")
         model.eval()
         with autocast():
@@ -155,7 +157,8 @@ def main():
     # the videos
     videos, tests = labelled_videos()
     names = cmaev.class_names(videos + (tests or []), s.data)
-    tests = tests or cmaev.read_test_videos(s.val, names, os.path.isdir(s.data))
+    held_out, class_folders = tests, os.path.isdir(s.data)
+    tests = tests or cmaev.read_test_videos(s.val, names, class_folders)
     if s.subset:
         with cmaev.seeded(s.seed):
             videos = [videos[i] for i in torch.randperm(len(videos))[:s.subset]]
@@ -273,7 +276,8 @@ def main():
             if chief:
                 with cmaev.whole_file(run / "checkpoint.pt", "wb") as file:
                     torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                    guard=guard.state_dict(), sums=sums, bad=bad.count, names=names), file)
+                                    guard=guard.state_dict(), sums=sums, bad=bad.count, names=names, held_out=held_out,
+                                    class_folders=class_folders), file)
         if stop and not last:
             cmaev.stop_run(stop, done)
 

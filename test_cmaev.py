@@ -434,7 +434,7 @@ def test_folders_as_people_have_them(tmp_path, capsys):
     read = [(os.path.relpath(path, tmp_path), label) for path, label in cmaev.read_list(tmp_path)]
     assert read == [("a/1.mp4", 0), ("a/part/2.GIF", 0), ("a/take", 0), ("b/1.mts", 1), ("b/2.M2TS", 1), ("b/3.vob", 1),
                     ("b/4.mxf", 1), ("c/1.mp4", 2), ("flat.webm", None)]
-    assert "3 files are no videos and left out, such as" in capsys.readouterr().out
+    assert "3 files are not videos and are left out, for example" in capsys.readouterr().out
     names = cmaev.class_names([video for video in cmaev.read_list(tmp_path) if video[1] is not None], tmp_path)
     assert names == ["a", "b", "c"]
 
@@ -471,6 +471,28 @@ def test_test_folders_are_matched_by_name(fruit):
     with pytest.raises(cmaev.CMAEVError, match="cherry/0.mp4 has label 1, which is banana in .* folder is cherry"):
         cmaev.read_test_videos(wrong, names, True)
     assert len(cmaev.read_test_videos(wrong, names, False)) == 2  # two lists: the labels count
+    above = touch(fruit / "banana", "flat/0.mp4") / "list.txt"  # a folder above the list says nothing of its videos
+    above.write_text("flat/0.mp4 0\n")
+    assert [label for _, label in cmaev.read_test_videos(above, names, True)] == [0]
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    touch(tmp_path, "a/1.mp4")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert cmaev.read_list(tmp_path) == [(str(tmp_path / "a/1.mp4"), 0)]
+
+
+def test_eval_uses_the_videos_that_the_run_held_out(demo, capsys):
+    """Also when the list has grown since, and under another seed: none of them was trained on."""
+    folder, lines = demo.parent, (demo / "train.txt").read_text().splitlines()
+    grown, run = folder / "grown.txt", folder / "held-out"
+    grown.write_text("".join(f"{demo}/{line}\n" for line in lines))
+    command = [*TUNE, "--data", grown, "--init", "none", "--out", run, "--epochs", 1, "--warmup-epochs", 0]
+    assert run_finetune(*command) is None
+    tested = lambda path: [row.split(",")[0] for row in path.read_text().splitlines()[1:]]
+    grown.write_text(grown.read_text() + f"{demo}/{(demo / 'val.txt').read_text().splitlines()[0]}\n")
+    assert run_finetune("--eval", "--seed", 1, "--out", run, "--workers", 0) is None
+    assert tested(run / "eval" / "predictions.csv") == tested(run / "predictions.csv")
 
 
 def test_a_tenth_of_each_class_is_held_out(fruit):
@@ -1315,7 +1337,7 @@ def test_a_run_without_a_checkpoint_can_start_with_other_settings(demo):
     assert (run / "settings.json").exists() and not (run / "checkpoint.pt").exists()
     assert run_pretrain(*command, "--batch-size", 4) is None
     end = run_pretrain(*command, "--batch-size", 4, "--epochs", 3)
-    assert "epochs 2 -> 3" in end and "a run of another length starts anew" in end and "\n" not in end
+    assert "epochs 2 -> 3" in end and "another number of epochs needs a new run" in end and "\n" not in end
 
 
 def test_the_first_step_is_logged(undisturbed, demo, capsys):
@@ -1692,6 +1714,13 @@ def test_folders_of_hugging_faces(tmp_path, encoder_without_k_bias, suffix, shar
         (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     loaded = cmaev.load_encoder(tmp_path, cmaev.VisionTransformer(24, 2, 2, **SMALL)).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    if shards == 2:
+        index = tmp_path / f"{stem}.{suffix}.index.json"
+        for text in ("{}", "no json", "[]"):
+            (tmp_path / "other").mkdir(exist_ok=True)
+            (tmp_path / "other" / index.name).write_text(text)
+            with pytest.raises(cmaev.CMAEVError, match="is no index of weights"):
+                cmaev.load_encoder(tmp_path / "other", small("vit"))
     (tmp_path / names[-1]).unlink()
     with pytest.raises(cmaev.CMAEVError, match="no such file|cannot be read"):
         cmaev.load_encoder(tmp_path, small("vit"))
