@@ -138,9 +138,9 @@ def main():
         model = build(names, None)
         cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
         if s.eval:
-            tests = checkpoint["held_out"]
+            tests = checkpoint.get("held_out")
             if s.val:
-                tests = cmaev.read_test_videos(s.val, names, checkpoint["class_folders"])
+                tests = cmaev.read_test_videos(s.val, names, checkpoint.get("class_folders", False))
             return test(model, tests, names, run / "eval")
         model.eval()
         with autocast():
