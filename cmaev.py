@@ -258,9 +258,9 @@ class Video:
         except av.error.FFmpegError:
             return False
         times = [time for time, _, _ in packets]
-        in_order = times == sorted(times)  # of a codec that reorders frames, these are decoding times
-        if not times or packets[0] != (min(times), True, packets[0][2]) or len(set(times)) < len(times) or (
-                in_order and self.codec.has_b_frames):
+        key_first = bool(packets) and packets[0][0] == min(times) and packets[0][1]
+        of_decoding = self.codec.has_b_frames and times == sorted(times)  # frames are reordered, the times not
+        if not key_first or len(set(times)) < len(times) or of_decoding:
             return False
         self.times = sorted(time for time, _, discard in packets if not discard)
         self.keys = sorted(time for time, key, _ in packets if key)
@@ -388,6 +388,7 @@ def is_hidden(name):
 
 
 def is_image(name):
+    """Whether a file of this name is a frame of a folder of frames."""
     return not is_hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -1580,13 +1581,14 @@ FOREIGN_NAMES = (
 )
 
 
-HARMLESS = [argparse.Namespace, np.ndarray, np.dtype,
-            *((pure, f"{module}.{name}") for pure, names in ((PurePosixPath, ("PurePosixPath", "PosixPath")),
-                                                             (PureWindowsPath, ("PureWindowsPath", "WindowsPath")))
-              for name in names for module in ("pathlib", "pathlib._local")),
-            *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
-            *((getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
-              for name in ("scalar", "_reconstruct") for core in ("core", "_core"))]  # beside tensors in others' files
+# What others' checkpoints hold beside tensors: settings with paths, numpy's numbers and arrays
+HARMLESS = [argparse.Namespace, np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
+for core in ("numpy.core", "numpy._core"):
+    HARMLESS += [(np.float64(0).__reduce__()[0], f"{core}.multiarray.scalar"),
+                 (np.empty(0).__reduce__()[0], f"{core}.multiarray._reconstruct")]
+for module in ("pathlib", "pathlib._local"):
+    HARMLESS += [(pure, f"{module}.{prefix}{system}Path") for system, pure in (
+        ("Posix", PurePosixPath), ("Windows", PureWindowsPath)) for prefix in ("", "Pure")]
 
 
 def load_tensors(path):
@@ -2268,6 +2270,7 @@ def lock_run(folder):
 
 
 def unlock_runs():
+    """Gives up the locks of this process; in a decoding process, its copies of the trainer's."""
     while LOCKS:
         LOCKS.pop().close()
 
