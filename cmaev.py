@@ -671,22 +671,38 @@ def to_device(x, device):
     return x.to(device, non_blocking=True)
 
 
-def replaced_if_bad(sample, videos, seed, key):
-    """sample(index, *key) for key (epoch, index), or, while that video is bad, of another one: a pure function of the
-    seed and the key all the same -> the sample, with "bad", JSON of [[path, reason], ...].
+def replaced_if_bad(sample, videos, seed, key, log):
+    """sample(index, *key) for key (epoch, index) or, while that video is bad, of another one -> sample, whether another.
 
+    The other video is drawn from (seed, epoch, index, attempt). Each bad video is named in the file `log`.
     Raises CMAEVError when ten videos in a row are bad: then it is not the videos.
     """
-    (epoch, index), bad = epoch_and_index(key, videos), []
-    while len(bad) < 10:
+    (epoch, index), reason = epoch_and_index(key, videos), ""
+    for attempt in range(10):
+        if attempt:
+            key = epoch, key[1], attempt
+            with seeded(seed, *key) as generator:
+                index = int(torch.randint(len(videos), (), generator=generator))
         try:
-            return sample(index, *key) | {"bad": json.dumps(bad)}
+            return sample(index, *key), attempt > 0
         except BadVideo as error:
-            bad.append([videos[index][0], last_line(error)])
-        key = (*key[:2], len(bad))
-        with seeded(seed, *key) as generator:
-            index = int(torch.randint(len(videos), (), generator=generator))
-    raise CMAEVError(f"ten videos in a row cannot be read, the last one: {bad[-1][1]}")
+            reason = last_line(error)
+            name_bad_video(videos[index][0], reason, log)
+    raise CMAEVError(f"ten videos in a row cannot be read, the last one: {reason}")
+
+
+def name_bad_video(path, reason, log=None):
+    """Prints a bad video and adds it to `log`, a file of JSON lines that all workers share, unless it is there."""
+    if log:
+        with open(log, "a+") as file:
+            if fcntl:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if any(json.loads(line)["path"] == path for line in file):
+                return
+            print(json.dumps(dict(path=path, reason=reason)), file=file)
+    print(f"bad video: {reason}", flush=True)
 
 
 def epoch_and_index(key, videos):
@@ -705,20 +721,22 @@ class PretrainClips(Dataset):
         target  uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
         colors  float32 [R, 6, 2]       draws of the target's colour augmentation (draw_colors)
         mask    bool [R, N]             True = masked
-        bad     str                     bad videos that this sample takes the place of (replaced_if_bad)
+        replaced  bool [R]              whether another video took the place of a bad one, which the file `log` names
     """
 
     def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
-                 two_views=True):
+                 two_views=True, log=None):
         tube_mask(1, grid, mask_ratio)  # raises CMAEVError for a ratio that hides nothing or all
         self.videos, self.grid, self.mask_ratio, self.repeats, self.seed = videos, grid, mask_ratio, repeats, seed
         self.frames, self.rate, self.max_shift, self.size, self.two_views = frames, rate, max_shift, size, two_views
+        self.log = log
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, key):
-        return replaced_if_bad(self.sample, self.videos, self.seed, key)
+        sample, replaced = replaced_if_bad(self.sample, self.videos, self.seed, key, self.log)
+        return sample | {"replaced": torch.full((self.repeats,), replaced)}
 
     def sample(self, index, *key):
         path, _ = self.videos[index]
@@ -783,29 +801,35 @@ class LabelledClips(Dataset):
         clip   uint8 [V, T, 3, S, S]
         label  int64 [V]
         index  int64 [V]
-        bad    str        bad videos that this sample takes the place of (replaced_if_bad)
-    In testing no video takes another's place: a bad one's clips are black.
+        replaced  bool [V]   whether the video is bad and its clips are another video's, in testing black ones
     """
 
-    def __init__(self, videos, frames, rate, size, sampling, augment=None, repeats=1, segments=1, crops=1, seed=0):
+    def __init__(self, videos, frames, rate, size, sampling, augment=None, repeats=1, segments=1, crops=1, seed=0,
+                 log=None):
         if sampling not in ("dense", "uniform"):
             raise CMAEVError(f"--sampling {sampling}: give dense or uniform")
         self.videos, self.frames, self.rate, self.size, self.sampling = videos, frames, rate, size, sampling
         self.augment, self.repeats, self.segments, self.crops, self.seed = augment, repeats, segments, crops, seed
+        self.log = log
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, key):
         if self.augment:
-            return replaced_if_bad(self.sample, self.videos, self.seed, key)
-        _, index = epoch_and_index(key, self.videos)
+            sample, replaced = replaced_if_bad(self.sample, self.videos, self.seed, key, self.log)
+        else:
+            sample, replaced = self.sample_or_black(*epoch_and_index(key, self.videos))
+        return sample | {"replaced": torch.full_like(sample["label"], replaced, dtype=torch.bool)}
+
+    def sample_or_black(self, epoch, index):
         try:
-            return self.sample(index, *key) | {"bad": "[]"}
+            return self.sample(index, epoch, index), False
         except BadVideo as error:
             (path, label), views = self.videos[index], self.segments * self.crops
+            name_bad_video(path, last_line(error), self.log)
             black = torch.zeros(views, self.frames, 3, self.size, self.size, dtype=torch.uint8)
-            return self.labelled(black, label, index) | {"bad": json.dumps([[path, last_line(error)]])}
+            return self.labelled(black, label, index), True
 
     def sample(self, index, *key):
         path, label = self.videos[index]
@@ -1981,10 +2005,6 @@ class Batches:
                     yield [(epoch, index) for index in order[i * self.batch:(i + 1) * self.batch][self.part]]
 
 
-def bad_of(batch):
-    """Takes "bad" out of a batch -> of each sample that met bad videos, the list of their [path, reason]."""
-    return [json.loads(bad) for bad in batch.pop("bad", ()) if bad != "[]"]
-
 
 class Guard:
     """The optimiser's step, left out on all ranks where the loss or a gradient of any is not finite.
@@ -2031,31 +2051,11 @@ class Guard:
         self.counts.copy_(state["counts"])
 
 
-class BadVideos:
-    """Of a run: how many samples took the place of a bad video's, and each bad video once, with the reason, in the log.
-
-    `limit` is the largest share of them, of the samples read so far or of one epoch, whichever is more.
-    """
-
-    def __init__(self, run, limit, per_epoch, count=0):
-        self.log, self.limit, self.per_epoch, self.count = Path(run) / "log.jsonl", limit, per_epoch, count
-        self.named = set()
-        if this_rank() == 0:
-            self.named = {line["bad_video"] for line in read_log(run) if "bad_video" in line}
-
-    def note(self, found, step, clips):
-        """What Feed found since the last call, on all ranks. Raises CMAEVError where there are too many."""
-        found_by_all = gathered(found)
-        self.count += len(found_by_all)
-        for path, reason in sorted(pair for sample in found_by_all for pair in sample):
-            if path not in self.named and this_rank() == 0:
-                print(f"bad video, another takes its place: {reason}", flush=True)
-                add_line(self.log, dict(step=step, bad_video=path, reason=reason))
-            self.named.add(path)
-        found.clear()
-        if self.count > self.limit * max(clips, self.per_epoch):
-            raise CMAEVError(f"{self.count} of {clips} samples were of bad videos ({len(self.named)}, named in "
-                             f"{self.log}): take them off the list, or give a larger --bad-share")
+def check_bad_share(bad, clips, per_epoch, limit, log):
+    """Raises CMAEVError where more than `limit` of the clips, or of one epoch's if that is more, were of bad videos."""
+    if bad > limit * max(clips, per_epoch):
+        raise CMAEVError(f"{bad} of {clips} clips were of bad videos, which {log} names: take them off the list, or "
+                         "give a larger --bad-share")
 
 
 class Feed:
@@ -2063,17 +2063,16 @@ class Feed:
 
     Clips of one video are not neighbours, so that mixup and cutmix, which mix neighbours, mix different videos.
 
-    On CUDA the copies run from pinned memory on a stream of their own, beside the step before. `bad` gathers bad_of.
+    On CUDA the copies run from pinned memory on a stream of their own, beside the step before.
     """
 
     def __init__(self, loader, device):
-        self.batches, self.device, self.waits, self.bad = iter(loader), device, [], []
+        self.batches, self.device, self.waits = iter(loader), device, []
         self.copies = torch.cuda.Stream() if device.type == "cuda" else None
 
     def __next__(self):
         began = self.mark()
         batch = dict(next(self.batches))
-        self.bad += bad_of(batch)
         if self.copies:
             with torch.cuda.stream(self.copies):
                 batch = {name: x if name in ("mask", "colors") else x.to(self.device, non_blocking=True)
@@ -2100,12 +2099,16 @@ class Feed:
         return sum(end - began if self.copies is None else began.elapsed_time(end) / 1000 for began, end in waits)
 
 
-def mean_over_ranks(x):
-    """Mean of a tensor over the ranks, in place."""
+def sum_over_ranks(x):
+    """Sum of a tensor over the ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
-        x /= world_size()
     return x
+
+
+def mean_over_ranks(x):
+    """Mean of a floating-point tensor over the ranks, in place."""
+    return sum_over_ranks(x).div_(world_size())
 
 
 def gathered(mine):
@@ -2123,20 +2126,14 @@ def over_videos(function, clips, batch, workers, device):
 
     Rank r takes the videos r, r + world, ...: each video once. A video that cannot be read is named, and its row NaN.
     """
-    mine, bad = [], []
+    mine = []
     for sample in loader(clips, workers, device, batch_size=batch, sampler=share_of_rank(clips)):
-        bad += [video for (video,) in bad_of(sample)]
         views = sample["clip"].to(device, non_blocking=True)
-        results = function(normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1)
-        mine += zip(sample["index"][:, 0].tolist(), results.cpu())
-    found, bad = dict(gathered(mine)), dict(gathered(bad))
-    results = torch.stack([found[i] for i in range(len(clips))])
-    for i, (path, _) in enumerate(clips.videos):
-        if path in bad:
-            results[i] = math.nan
-            if this_rank() == 0:
-                print(f"bad video: {bad[path]}")
-    return results
+        results = function(normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1).cpu()
+        results[sample["replaced"][:, 0]] = math.nan
+        mine += zip(sample["index"][:, 0].tolist(), results)
+    found = dict(gathered(mine))
+    return torch.stack([found[i] for i in range(len(clips))])
 
 
 @torch.no_grad()
@@ -2146,8 +2143,7 @@ def held_out_reconstruction(model, clips, batch, workers, device):
     for sample in loader(clips, workers, device, batch_size=batch, sampler=share_of_rank(clips)):
         clip = normalize(sample["online"].flatten(0, 1).to(device, non_blocking=True))
         mask = sample["mask"].flatten(0, 1)
-        for _, reason in (video for videos in bad_of(sample) for video in videos):
-            print(f"bad held-out video, another takes its place: {reason}", flush=True)
+
         prediction = model.decoder(model.encoder(clip, mask), mask)
         loss = reconstruction_loss(prediction, clip, mask, model.encoder.grid)
         total += torch.stack([loss * len(clip), loss.new_tensor(len(clip))])

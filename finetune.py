@@ -201,13 +201,15 @@ def main():
     guard = cmaev.Guard(optimizer, dtype, device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # the loss since the last log line, and how many
     augment = cmaev.training_augmentation(s.size, s.smallest_crop, s.flip, s.rand_augment, s.erasing)
-    clips = cmaev.LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, augment, s.repeats, seed=s.seed)
+    bad_log, bad = run / "bad-videos.jsonl", torch.zeros((), dtype=torch.int64, device=device)
+    clips = cmaev.LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, augment, s.repeats, seed=s.seed,
+                                log=bad_log)
     mix = cmaev.mixing(s.mixup, s.cutmix, len(names))
     per_epoch = len(videos) // s.batch_size
     steps, warmup = s.epochs * per_epoch, s.warmup_epochs * per_epoch
 
     # the run's folder, and where it stopped
-    start = 0
+    start, bad_before = 0, 0
     with cmaev.chief_first():
         checkpoint = cmaev.open_run(run, s, FREE, device, videos)
     if checkpoint:
@@ -215,11 +217,10 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         guard.load_state_dict(checkpoint["guard"])
         sums.copy_(checkpoint["sums"])
-        start = checkpoint["step"]
+        start, bad_before = checkpoint["step"], checkpoint["bad"]
     if chief:
         cmaev.start_log(run / "log.jsonl", start)
-    bad = cmaev.BadVideos(run, s.bad_share, per_epoch * s.batch_size,
-                          checkpoint["bad"] if checkpoint else 0)
+    bad_clips, per_step = bad_before, s.batch_size * s.repeats
     if start == steps and not s.results:
         return say(f"{run} is finished, all {steps} steps: --eval tests it; for another run, give another --out")
     say(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of "
@@ -238,6 +239,7 @@ def main():
     model.train()
     for step in range(start, steps):
         batch = next(feed)
+        bad += batch["replaced"].sum()
         torch.manual_seed(cmaev.seed_of(s.seed, step, rank))  # of mixup and drop path: a restart changes nothing
         clip, labels = mix(cmaev.normalize(batch["clip"]), batch["label"])
 
@@ -253,14 +255,15 @@ def main():
         done, last, stop = step + 1, step + 1 == steps, stopped()
         log, save = done == 1 or done % s.log_every == 0 or last, done % s.save_every == 0 or last
         if log or save or stop:
-            bad.note(feed.bad, done, done * s.batch_size)
+            bad_clips = bad_before + int(cmaev.sum_over_ranks(bad.clone()))
+            cmaev.check_bad_share(bad_clips, done * per_step, per_epoch * per_step, s.bad_share, bad_log)
             skipped = guard.check(run)  # waits for the device
         if log:
             mean = (cmaev.mean_over_ranks(sums)[0] / sums[1].clamp(min=1)).item()
             seconds, clips_done = time.perf_counter() - began, (done - logged) * s.batch_size * s.repeats
             record = dict(step=done, epoch=done / per_epoch, loss=mean, lr=lr, grad_norm=grad_norm.item(),
                           clips_per_s=clips_done / seconds, data_wait=feed.waited() / seconds,
-                          memory_mib=cmaev.peak_memory(device), bad_clips=bad.count, skipped_steps=skipped)
+                          memory_mib=cmaev.peak_memory(device), bad_clips=bad_clips, skipped_steps=skipped)
             if chief:
                 cmaev.add_line(run / "log.jsonl", record)
                 left = timedelta(seconds=round(seconds / (done - logged) * (steps - done)))
@@ -276,14 +279,14 @@ def main():
             if chief:
                 with cmaev.whole_file(run / "checkpoint.pt", "wb") as file:
                     torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                    guard=guard.state_dict(), sums=sums, bad=bad.count, names=names, held_out=held_out,
+                                    guard=guard.state_dict(), sums=sums, bad=bad_clips, names=names, held_out=held_out,
                                     class_folders=class_folders), file)
         if stop and not last:
             cmaev.stop_run(stop, done)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    say(f"{bad.count} of {steps * s.batch_size} samples were of bad videos")
+    say(f"{bad_clips} of {steps * per_step} clips were of bad videos")
     test(model, tests, names, run)
 
 

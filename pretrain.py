@@ -103,8 +103,10 @@ def main():
     model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature, **geometry)
     views = lambda videos, **how: cmaev.PretrainClips(
         videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size, s.mask_ratio, **how)
-    clips = views(videos, repeats=s.repeats, seed=s.seed, two_views=bool(s.contrast_weight))
-    held_out = views(held_out, two_views=False)  # the same clips and masks for every seed
+    run = Path(s.out)
+    bad_log = run / "bad-videos.jsonl"
+    clips = views(videos, repeats=s.repeats, seed=s.seed, two_views=bool(s.contrast_weight), log=bad_log)
+    held_out = views(held_out, two_views=False, log=bad_log)  # the same clips and masks for every seed
     flops = cmaev.clip_flops(model, s.mask_ratio)
     model.to(device)
     optimizer = torch.optim.AdamW(cmaev.decay_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), fused=True)
@@ -112,6 +114,7 @@ def main():
     autocast = lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()
     guard = cmaev.Guard(optimizer, dtype, device)
     sums = torch.zeros(len(LOSSES) + 1, dtype=torch.float64, device=device)  # since the last log line, and how many
+    bad = torch.zeros((), dtype=torch.int64, device=device)  # clips of this rank that took a bad video's place
 
     trained = DistributedDataParallel(model) if world > 1 else model
     normalize, colors = cmaev.normalize, cmaev.COLOR_OPERATIONS
@@ -150,7 +153,7 @@ def main():
         return benchmark(s, train_step, synthetic, load if videos else None, workers, flops, dtype, device, world, say)
 
     # the run's folder, and where it stopped
-    run, start = Path(s.out), 0
+    start, bad_before = 0, 0
     with cmaev.chief_first():
         checkpoint = cmaev.open_run(run, s, FREE, device, videos)
     if checkpoint:
@@ -158,7 +161,7 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         guard.load_state_dict(checkpoint["guard"])
         sums.copy_(checkpoint["sums"])
-        start = checkpoint["step"]
+        start, bad_before = checkpoint["step"], checkpoint["bad"]
     keep_result = lambda: s.results and chief and cmaev.add_result(
         s.results, cmaev.given(s, SETTINGS), cmaev.last_losses(run))
     if start == steps:
@@ -166,7 +169,7 @@ def main():
         return say(f"{run} is finished, all {steps} steps: for another run, give another --out")
     if chief:
         cmaev.start_log(run / "log.jsonl", start)
-    bad = cmaev.BadVideos(run, s.bad_share, per_epoch * per_step, checkpoint["bad"] if checkpoint else 0)
+
     parameters = sum(p.numel() for p in model.encoder.parameters())
     say(f"{s.encoder}, {parameters / 1e6:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} "
         f"clips, {flops * s.batch_size * steps:.2g} floating-point operations; {world} x {device.type}, "
@@ -178,12 +181,15 @@ def main():
     began, logged = time.perf_counter(), start
     for step in range(start, steps):
         lr = cmaev.learning_rate(step, warmup, steps, scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
-        grad_norm = train_step(next(feed), lr)
+        batch = next(feed)
+        bad += batch["replaced"].sum()
+        grad_norm = train_step(batch, lr)
 
         done, last, stop = step + 1, step + 1 == steps, stopped()
         log, save = done == 1 or done % s.log_every == 0 or last, done % s.save_every == 0 or last
         if log or save or stop:
-            bad.note(feed.bad, done, done * per_step)
+            bad_clips = bad_before + int(cmaev.sum_over_ranks(bad.clone()))
+            cmaev.check_bad_share(bad_clips, done * s.batch_size, per_epoch * s.batch_size, s.bad_share, bad_log)
             skipped = guard.check(run)  # waits for the device
         if log:
             *means, _ = (cmaev.mean_over_ranks(sums) / sums[-1].clamp(min=1)).tolist()
@@ -192,7 +198,7 @@ def main():
                           grad_norm=grad_norm.item(), clips_per_s=clips_done / seconds,
                           step_ms=1000 * seconds / (done - logged), data_wait=feed.waited() / seconds,
                           tflop_per_s=flops * clips_done / seconds / 1e12, memory_mib=cmaev.peak_memory(device),
-                          bad_clips=bad.count, skipped_steps=skipped)
+                          bad_clips=bad_clips, skipped_steps=skipped)
             if chief:
                 cmaev.add_line(run / "log.jsonl", record)
                 left = timedelta(seconds=round(seconds / (done - logged) * (steps - done)))
@@ -221,13 +227,13 @@ def main():
                 cmaev.save_encoder(model.encoder, run / "encoder.pt")
                 with cmaev.whole_file(run / "checkpoint.pt", "wb") as file:
                     torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                    guard=guard.state_dict(), sums=sums, bad=bad.count), file)
+                                    guard=guard.state_dict(), sums=sums, bad=bad_clips), file)
         if stop and not last:
             cmaev.stop_run(stop, done)
 
     keep_result()
-    say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; {bad.count} of "
-        f"{steps * per_step} samples were of bad videos, {skipped} of {steps} steps were left out")
+    say(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; {bad_clips} of "
+        f"{steps * s.batch_size} clips were of bad videos, {skipped} of {steps} steps were left out")
 
 
 def read_videos(s, per_step):

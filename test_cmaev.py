@@ -343,7 +343,7 @@ def test_pictures_that_cannot_be_cropped_are_bad_videos(tmp_path, demo):
     (tmp_path / "0.png").write_bytes(png_16_bit(9, side=1))
     good, _ = cmaev.read_list(demo / "train.txt")[0]
     clips = cmaev.PretrainClips([(str(tmp_path), 0), (good, 0)], (2, 4, 4), frames=4, rate=2, max_shift=4, size=32)
-    assert json.loads(clips[0, 0]["bad"])[0][0] == str(tmp_path) and clips[0, 1]["bad"] == "[]"
+    assert clips[0, 0]["replaced"].all() and not clips[0, 1]["replaced"].any()
 
 
 def test_formats(tmp_path):
@@ -647,8 +647,8 @@ def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
     clips, before = clips_of(demo, repeats=2), torch.get_rng_state()
     clips[0, 0]
     assert torch.equal(torch.get_rng_state(), before)
-    load = lambda workers, **cut: [{name: batch[name] for name in batch if name != "bad"} for batch in DataLoader(
-        clips, batch_sampler=cmaev.Batches(40, 8, 7, 0, **{"rank": 0, "world": 1} | cut), num_workers=workers)]
+    load = lambda workers, **cut: list(DataLoader(
+        clips, batch_sampler=cmaev.Batches(40, 8, 7, 0, **{"rank": 0, "world": 1} | cut), num_workers=workers))
     whole = load(0)
     for batch, again in zip(whole, load(2), strict=True):
         assert all(torch.equal(batch[name], again[name]) for name in batch)
@@ -664,7 +664,7 @@ def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
 
 def test_without_target_the_online_view_is_the_same(demo):
     both, one = clips_of(demo)[2, 3], clips_of(demo, two_views=False)[2, 3]
-    assert one.keys() == {"online", "mask", "bad"}
+    assert one.keys() == {"online", "mask", "replaced"}
     assert all(torch.equal(both[name], one[name]) for name in ("online", "mask"))
 
 
@@ -1477,7 +1477,7 @@ def test_repeated_sampling_opens_a_video_once(demo, monkeypatch):
     sample = clips[0, 5]
     assert len(opened) == 1 and sample["clip"].shape == (3, 4, 3, 32, 32) and sample["label"].tolist() == [5, 5, 5]
     assert not torch.equal(sample["clip"][0], sample["clip"][1])
-    assert all(torch.equal(sample[name], clips[0, 5][name]) for name in sample if name != "bad")
+    assert all(torch.equal(sample[name], clips[0, 5][name]) for name in sample)
     assert not torch.equal(sample["clip"], clips[1, 5]["clip"])
 
 
@@ -2124,8 +2124,8 @@ def open_files(process="self"):
 def test_faults_bad_videos_are_replaced(demo, spoilt):
     """Each is read or replaced, in time and without growth; the replacement is a pure function, and is named."""
     videos = cmaev.read_list(demo.parent / "mixed.txt")
-    clips, reasons, slowest = clips_of(demo), {}, 0.0
-    clips.videos = videos
+    clips, slowest, log = clips_of(demo), 0.0, demo.parent / "replaced.jsonl"
+    clips.videos, clips.log = videos, log
     gc.collect()
     gc.disable()  # what waits for Python's collector stays
     opened = open_files()
@@ -2134,46 +2134,49 @@ def test_faults_bad_videos_are_replaced(demo, spoilt):
             before = resident()
         for i in range(len(spoilt)):
             began = time.monotonic()
-            sample = clips[0, i]
+            clips[0, i]
             slowest = max(slowest, time.monotonic() - began)
-            if turn == 0:
-                reasons.update(json.loads(sample["bad"]))
     grown, left_open = resident() - before, open_files() - opened
     gc.enable()
+    reasons = {line["path"]: line["reason"] for line in map(json.loads, log.open())}
     print(f"{len(reasons)} of {len(spoilt)} bad, slowest {slowest:.2f} s, memory {grown:+.1f} MiB")
     assert left_open == 0 and grown < 30 and slowest < 10 and len(reasons) >= len(spoilt) // 4
     first = next(i for i, (path, _) in enumerate(videos) if path in reasons)
     one, two = clips[1, first], clips[1, first]
-    assert all(torch.equal(one[name], two[name]) for name in one if name != "bad") and one["bad"] == two["bad"]
-    (path, reason), *_ = json.loads(one["bad"])
-    assert path == videos[first][0] and path in reason
+    assert all(torch.equal(one[name], two[name]) for name in one) and one["replaced"].all()
+    assert videos[first][0] in reasons[videos[first][0]] and len(log.read_text().splitlines()) == len(reasons)
     gone = shutil.copy(videos[-1][0], demo.parent / "gone.mp4")
     clips.videos[-1] = str(gone), None
-    assert clips[0, len(videos) - 1]["bad"] == "[]"
+    assert not clips[0, len(videos) - 1]["replaced"].any()
     gone.unlink()
-    assert "No such file" in clips[0, len(videos) - 1]["bad"]
+    assert clips[0, len(videos) - 1]["replaced"].all() and "No such file" in log.read_text().splitlines()[-1]
 
 
-def test_faults_bad_videos_are_named_once_counted_and_limited(demo, spoilt, capsys):
+def bad_videos_of(run):
+    return [json.loads(line)["path"] for line in (run / "bad-videos.jsonl").open()]
+
+
+def test_faults_bad_videos_are_named_once_counted_and_limited(demo, spoilt, capfd):
     command = [*SHORT, "--data", demo.parent / "mixed.txt", "--epochs", 2, "--workers", 2]
     runs = [demo.parent / f"mixed-{i}" for i in range(3)]
     assert run_pretrain(*command, "--out", runs[0], "--bad-share", 1) is None
-    output = capsys.readouterr().out
-    named = [line["bad_video"] for line in cmaev.read_log(runs[0]) if "bad_video" in line]
-    assert len(named) == len(set(named)) == output.count("bad video, another") > 5
+    output = capfd.readouterr().out
+    named = bad_videos_of(runs[0])
+    assert len(named) == len(set(named)) == output.count("bad video: ") > 5
     count = cmaev.last_losses(runs[0])["bad_clips"]
     clips, read = clips_of(demo, seed=0, rate=4), cmaev.read_list(demo.parent / "mixed.txt")
-    clips.videos, batches = read, cmaev.Batches(len(read), 8, 2 * (len(read) // 8), 0, 0, 1)
-    replaced = [json.loads(clips[key]["bad"]) for batch in batches for key in batch]
-    assert count == sum(map(bool, replaced)) > len(named) and f"; {count} of " in output
-    assert set(named) == {path for videos in replaced for path, _ in videos}
+    clips.videos, clips.log = read, runs[0] / "again.jsonl"
+    replaced = [bool(clips[key]["replaced"]) for batch in cmaev.Batches(len(read), 8, 2 * (len(read) // 8), 0, 0, 1)
+                for key in batch]
+    assert count == sum(replaced) > len(named) and f"; {count} of " in output
+    assert set(named) == {json.loads(line)["path"] for line in clips.log.open()}
     end = run_pretrain(*command, "--out", runs[1])
-    assert "samples were of bad videos" in end and end.endswith("or give a larger --bad-share")
+    assert "clips were of bad videos" in end and end.endswith("or give a larger --bad-share")
     assert run_pretrain(*command, "--out", runs[1], "--bad-share", 1, "--workers", 0) is None
     assert same_weights(*runs[:2])
-    capsys.readouterr()
+    capfd.readouterr()
     assert run_pretrain(*command, "--out", runs[2], "--bad-share", 1, "--repeats", 2) is None
-    assert f" of {2 * (len(read) // 4) * 4} samples were of bad videos" in capsys.readouterr().out
+    assert f" of {2 * (len(read) // 4) * 8} clips were of bad videos" in capfd.readouterr().out
 
 
 def test_faults_a_bad_video_counts_as_wrong_in_testing(demo, tuned, wrong, capsys):
@@ -2316,7 +2319,7 @@ def test_faults_long_run_stays_flat(demo, spoilt):
         rows.append((step, round(sum(map(resident, pids))), sum(map(open_files, pids)), len(pids)))
         print(*rows[-1])
     process.kill()
-    bad = [line["bad_video"] for line in cmaev.read_log(run) if "bad_video" in line]
+    bad = bad_videos_of(run)
     print(f"{len(bad)} bad videos, {cmaev.last_losses(run)['bad_clips']} samples replaced")
     _, memory, files, processes = zip(*rows)
     assert memory[-1] < 1.03 * memory[1] and len(set(processes)) == 1
