@@ -141,12 +141,13 @@ class Video:
             else:
                 self._open()
                 if not self._index_packets():
-                    self._decode_whole_file()
+                    self._count_frames()
         if self.length == 0:
             raise BadVideo(f"{path}: no frames in it: give a video file, or a folder of .jpg or .png frames")
 
     def __del__(self):
-        self._close()
+        if self.container:  # its streams refer to it: left open, it would wait for Python's garbage collector
+            self.container.close()
 
     def __len__(self):
         return self.length
@@ -162,69 +163,47 @@ class Video:
     def frames(self, indices):
         """The same as a dict {index: uint8 RGB [H, W, 3]}, so that callers can crop before stacking."""
         wanted = sorted({int(i) for i in indices})
-        self.deadline = time.monotonic() + MAX_SECONDS
-        with bad_video(self.path, "decoded"):
-            if self.images:
-                return self._collect(self._read_images(wanted), wanted)
-            if self.times:
-                if (frames := self._collect(self._seek_and_decode(wanted), wanted)) is not None:
-                    return frames
-                self._decode_whole_file()  # the frames are not as the packets say
-            frames, asked = self._decode_from_start() if self.kept is None else self.kept, set(wanted)
-            found = self._collect(((i, self._to_rgb(frame)) for i, frame in enumerate(frames) if i in asked), wanted)
-            if found is None:
-                raise BadVideo(f"{self.path}: frame {wanted[-1]} cannot be decoded: damaged?")
-            return found
-
-    def _collect(self, frames, wanted):
-        """Pairs (index, image) up to the last wanted one -> dict, or None where one is missing."""
         if not wanted or wanted[0] < 0 or wanted[-1] >= self.length:
             raise BadVideo(f"{self.path}: has frames 0 to {self.length - 1}, asked for {wanted or 'none'}")
-        found = {}
-        for i, image in frames:
-            found[i] = image
-            if image.shape != found[wanted[0]].shape:
-                raise BadVideo(f"{self.path}: frame {i} has another size than frame {wanted[0]}: take it off the list")
-            if len(found) * image.numel() > MAX_BYTES:
-                raise BadVideo(f"{self.path}: {len(wanted)} frames of {image.shape[1]}x{image.shape[0]} pixels are too "
-                               "large: scale the video down")
-            if i == wanted[-1]:
-                return found
-        return None
+        self.deadline = time.monotonic() + MAX_SECONDS
+        with bad_video(self.path, "decoded"):
+            read = self._read_images if self.images else self._seek_and_decode if self.times else self._decode_wanted
+            frames = dict(read(wanted))
+            if self.times and len(frames) < len(wanted):  # the frames are not those that the packets promise
+                self._count_frames()
+                frames = dict(self._decode_wanted(wanted))
+        if len(frames) < len(wanted):
+            raise BadVideo(f"{self.path}: frame {wanted[-1]} cannot be decoded: damaged?")
+        if len({frame.shape for frame in frames.values()}) > 1:
+            raise BadVideo(f"{self.path}: its frames have different sizes: take it off the list")
+        return frames
 
     def _read_images(self, wanted):
         for i in wanted:
             data = torch.from_numpy(np.fromfile(self.images[i], np.uint8))
-            self._check_size(*image_size(data.numpy().tobytes()))
             image = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
+            self._check_size(image.shape[2], image.shape[1], len(wanted))
             yield i, v2.functional.to_dtype(image, torch.uint8, scale=True).permute(1, 2, 0)  # PNG may have 16 bits
 
-    def _check_size(self, width, height):
-        if width * height > MAX_PIXELS:
-            raise BadVideo(f"{self.path}: says that its frames have {width}x{height} pixels: take it off the list")
-
-    def _close(self):
-        """PyAV's containers and streams refer to each other: left open, they would wait for Python's collector."""
-        if self.container:
-            self.container.close()
+    def _check_size(self, width, height, count=1):
+        if width * height > MAX_PIXELS or 3 * width * height * count > MAX_BYTES:
+            raise BadVideo(f"{self.path}: {count} frames of {width}x{height} pixels are too large: scale the video down")
 
     def _open(self):
-        self._close()
+        self.__del__()
         if not os.path.isfile(self.path):  # no device, no pipe, no address
-            raise BadVideo(f"{self.path}: cannot be opened as a video: No such file")
+            raise BadVideo(f"{self.path}: cannot be opened as a video: no such file")
         try:
             self.container = av.open(f"file:{self.path}", container_options=LOCAL, timeout=MAX_SECONDS, **ANY_METADATA)
         except av.error.ArgumentError:
             raise BadVideo(f"{self.path}: cannot be opened as a video: its format is not allowed: convert it to one of "
                            f"{CONTAINERS}") from None
         self.stream = self.container.streams.best("video")
-        if self.stream is None:
-            raise BadVideo(f"{self.path}: has no video stream: take it off the list")
-        self.codec = self.stream.codec_context
+        self.codec = self.stream and self.stream.codec_context
         if self.codec is None:
-            raise BadVideo(f"{self.path}: its codec is not known: take it off the list")
-        self._check_size(self.codec.width, self.codec.height)
+            raise BadVideo(f"{self.path}: has no video stream that can be decoded: take it off the list")
         self.size = self.codec.width, self.codec.height
+        self._check_size(*self.size)
         self.codec.options = {"max_pixels": str(MAX_PIXELS)}  # should a later header say otherwise
         self.codec.thread_count = 1  # the loader's workers are the parallelism
 
@@ -243,24 +222,23 @@ class Video:
         both orders, distinct times, rising decoding times, no damage up to the end. Packets that an edit list discards
         are decoded but not shown.
         """
-        if self.container.format.name.split(",")[0] not in INDEXED or self.codec.codec.canonical_name not in ONE_TO_ONE:
+        codec, packets, decoding = self.codec.codec.canonical_name, [], -math.inf
+        if self.container.format.name.split(",")[0] not in INDEXED or codec not in ONE_TO_ONE:
             return False
-        packets, last = [], -math.inf
         try:
             for packet in self._packets():
-                decoding = last + 1 if packet.dts is None else packet.dts  # Matroska has none for the first ones
-                if packet.pts is None or decoding <= last or packet.is_corrupt:
+                before, decoding = decoding, decoding + 1 if packet.dts is None else packet.dts  # Matroska's first ones
+                if packet.pts is None or decoding <= before or packet.is_corrupt:
                     return False
-                if not packets and self.codec.codec.canonical_name == "h264" and not self._has_idr(bytes(packet)):
+                if not packets and codec == "h264" and not self._has_idr(bytes(packet)):
                     return False  # a recovery point: frames are shown only some packets later
                 packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
-                last = decoding
         except av.error.FFmpegError:
             return False
         times = [time for time, _, _ in packets]
         key_first = bool(packets) and packets[0][0] == min(times) and packets[0][1]
-        of_decoding = self.codec.has_b_frames and times == sorted(times)  # frames are reordered, the times not
-        if not key_first or len(set(times)) < len(times) or of_decoding:
+        decoding_times = self.codec.has_b_frames and times == sorted(times)  # the frames are reordered, the times not
+        if not key_first or len(set(times)) < len(times) or decoding_times:
             return False
         self.times = sorted(time for time, _, discard in packets if not discard)
         self.keys = sorted(time for time, key, _ in packets if key)
@@ -283,6 +261,7 @@ class Video:
         the times that follow have to be in the index and to rise.
         """
         position, asked, left = {t: i for i, t in enumerate(self.times)}, {self.times[i] for i in wanted}, deque(wanted)
+        self._check_size(*self.size, len(wanted))
         with contextlib.suppress(av.error.FFmpegError):
             while left:
                 key, last = self._key_before(left[0]), None
@@ -329,7 +308,7 @@ class Video:
             with contextlib.suppress(av.error.FFmpegError):
                 yield from self.codec.decode(packet)
 
-    def _decode_whole_file(self):
+    def _count_frames(self):
         """Counts the frames by decoding them, and keeps them unless they are too large."""
         self.times, self.kept, self.length, kept_bytes = None, [], 0, 0
         for self.length, frame in enumerate(self._decode_from_start(), 1):
@@ -340,6 +319,14 @@ class Video:
                 self.kept.append(frame)
         if kept_bytes > MAX_KEPT:
             self.kept = None
+
+    def _decode_wanted(self, wanted):
+        self._check_size(*self.size, len(wanted))
+        for i, frame in enumerate(self._decode_from_start() if self.kept is None else self.kept):
+            if i in wanted:
+                yield i, self._to_rgb(frame)
+            if i == wanted[-1]:
+                return
 
     def _to_rgb(self, frame):
         """A decoded frame -> uint8 RGB [H, W, 3], at the size of the first one and as its display matrix says.
@@ -365,17 +352,6 @@ def natural_order(name):
     """Sorting key of a file name in which numbers count as numbers: img_2 before img_10."""
     return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))]
 
-
-def image_size(data):
-    """Width and height that the header of a PNG or JPEG file's bytes gives; 0, 0 where there is none."""
-    if data.startswith(b"\x89PNG"):
-        return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-    at = 2
-    while data.startswith(b"\xff\xd8") and at + 9 <= len(data):  # JPEG: from segment to segment
-        if data[at + 1] in range(0xC0, 0xD0) and data[at + 1] not in (0xC4, 0xC8, 0xCC):  # a frame's header
-            return int.from_bytes(data[at + 7:at + 9]), int.from_bytes(data[at + 5:at + 7])
-        at += 1 if data[at + 1] == 0xFF else 2 + int.from_bytes(data[at + 2:at + 4])
-    return 0, 0
 
 
 HIDDEN = {"@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
@@ -442,44 +418,35 @@ def _read_folder(root):
 
 
 def _read_list_file(path):
-    data, videos, listings = Path(path).read_bytes(), [], {}
+    data, videos = Path(path).read_bytes(), []
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "surrogateescape")
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
         raise CMAEVError(f"{path}: is no text: give a list with one `path label` per line")
-
-    def listed(name):
-        """Whether a path exists, by one listing per folder: quicker than a question per file on a network disk."""
-        parent, name = os.path.split(name)
-        if parent not in listings:
-            listings[parent] = set(os.listdir(parent or ".")) if os.path.isdir(parent or ".") else set()
-        return name in listings[parent]
-
-    root = os.path.dirname(path)
+    in_folder = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+    listed = lambda name: os.path.basename(name) in in_folder(os.path.dirname(name) or ".")  # one query per folder
     for number, line in enumerate(text.split("\n"), 1):
         if not (line := line.strip()):
             continue
-        readings = [(os.path.join(root, line), None)]
-        if match := PATH_AND_NUMBER.fullmatch(line):
-            readings.append((os.path.join(root, match[1]), int(match[2])))
-        video = next((reading for reading in readings if listed(reading[0])), None)
-        if video is None and match and (counted := PATH_AND_NUMBER.fullmatch(match[1])):  # path frames label
-            readings.append((os.path.join(root, counted[1]), int(match[2])))
-        video = video or next((reading for reading in readings[::-1] if os.path.exists(reading[0])), None)
+        readings = [(line, None)]
+        if match := PATH_FRAMES_LABEL.fullmatch(line):
+            video, frames, label = match.groups()
+            readings += [(video + (frames or ""), int(label)), (video, int(label))]
+        readings = [(os.path.join(os.path.dirname(path), name), label) for name, label in readings]
+        video = next((video for exists in (listed, os.path.exists) for video in readings if exists(video[0])), None)
         if video is None:
             name, *word = re.split(r"[\s,]+(?=[^\s,]+$)", line)
-            if word and not match and os.path.exists(os.path.join(root, name)):
+            reason = f"{readings[min(1, len(readings) - 1)][0]} does not exist"
+            if word and not match and os.path.exists(os.path.join(os.path.dirname(path), name)):
                 reason = f"label {word[0]!r} is no integer"
-            else:
-                reason = f"{readings[min(1, len(readings) - 1)][0]} does not exist"
             raise CMAEVError(f"{path}, line {number}: {reason}: correct the line or take it out")
         videos.append(video)
     return videos
 
 
-PATH_AND_NUMBER = re.compile(r"(.*[^\s,])\s*[\s,]\s*(-?\d+)", re.DOTALL)
+PATH_FRAMES_LABEL = re.compile(r"(.*?)([\s,]+\d+)?[\s,]+(-?\d+)", re.DOTALL)
 
 
 def check_readable(videos):
@@ -902,27 +869,15 @@ def mixing(mixup, cutmix, classes):
     return mix
 
 
-@functools.cache
-def _channel_statistics(device):
-    return torch.tensor(MEAN, device=device).view(3, 1, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1, 1)
-
-
-@torch.compiler.assume_constant_result
-def channel_statistics(device):
-    """ImageNet's mean and std on a device, put there once: float32 [3, 1, 1, 1] each."""
-    return _channel_statistics(device)
-
-
 def normalize(clips):
     """Values in 0 to 255 [B, T, 3, H, W] as the dataset gives them -> float32 [B, 3, T, H, W] as the models take it."""
-    mean, std = channel_statistics(clips.device)
-    return (clips.transpose(1, 2) / 255 - mean) / std
+    channels = zip(clips.unbind(2), MEAN, STD)
+    return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def to_unit_range(clip):
     """Undoes `normalize`: float [B, 3, T, H, W] -> the same with values in [0, 1]."""
-    mean, std = channel_statistics(clip.device)
-    return clip * std + mean
+    return torch.stack([channel * std + mean for channel, mean, std in zip(clip.unbind(1), MEAN, STD)], dim=1)
 
 
 # =====================================================================================================================
@@ -1375,7 +1330,7 @@ def standardize(x):
     mean = pixels.mean(dim=-2, keepdim=True)
     centred = pixels - mean
     variance = centred.square().sum(dim=-2, keepdim=True) / (pixels.shape[-2] - 1)
-    std = variance.sqrt() + 1e-6 / channel_statistics(x.device)[1].view(3)
+    std = torch.stack([s + 1e-6 / scale for s, scale in zip(variance.sqrt().unbind(-1), STD)], dim=-1)
     return (centred / std).flatten(-2), mean, std
 
 
@@ -1981,28 +1936,20 @@ def layer_groups(model, weight_decay, layer_decay):
     return list(groups.values())
 
 
-class Batches:
-    """One rank's batches from step `start` to the end of the run: lists of (epoch, index).
+def batches(videos, batch, steps, seed, rank=0, world=1, start=0):
+    """Yields one rank's batches from step `start` to the end of the run: lists of (epoch, index).
 
-    Each epoch is a permutation seeded by (seed, epoch), cut into global batches, cut into ranks; what is left over
-    at its end is dropped. One iterator runs through all epochs, so that the loader's workers never pause or restart.
+    Each epoch is a permutation of the videos seeded by (seed, epoch), cut into global batches, which are cut into
+    ranks; what is left over at its end is dropped. One iterator serves all epochs, so that workers never restart.
     """
-
-    def __init__(self, videos, batch, steps, seed, rank, world, start=0):
-        self.videos, self.batch, self.steps, self.seed, self.start = videos, batch, steps, seed, start
-        self.part = slice(rank * batch // world, (rank + 1) * batch // world)
-        self.per_epoch = videos // batch
-
-    def __len__(self):
-        return self.steps - self.start
-
-    def __iter__(self):
-        for epoch in range(self.start // self.per_epoch, -(-self.steps // self.per_epoch)):
-            with seeded(self.seed, epoch) as generator:
-                order = torch.randperm(self.videos, generator=generator).tolist()
-            for i in range(self.per_epoch):
-                if self.start <= epoch * self.per_epoch + i < self.steps:
-                    yield [(epoch, index) for index in order[i * self.batch:(i + 1) * self.batch][self.part]]
+    per_epoch = videos // batch
+    for step in range(start, steps):
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == start:
+            with seeded(seed, epoch) as generator:
+                order = torch.randperm(videos, generator=generator).tolist()
+        first = i * batch + rank * batch // world
+        yield [(epoch, index) for index in order[first:first + batch // world]]
 
 
 

@@ -231,7 +231,7 @@ def main():
     trained = DistributedDataParallel(model) if world > 1 else model
     if s.compile:
         trained = torch.compile(trained)
-    feed = cmaev.Feed(cmaev.loader(clips, workers, device, batch_sampler=cmaev.Batches(
+    feed = cmaev.Feed(cmaev.loader(clips, workers, device, batch_sampler=cmaev.batches(
         len(videos), s.batch_size, steps, s.seed, rank, world, start)), device)
     stopped = cmaev.notice_signals()
     scale = s.batch_size / 256

@@ -122,7 +122,7 @@ def main():
         trained, normalize = torch.compile(trained), torch.compile(normalize)
         colors = [torch.compile(operation, dynamic=True) for operation in colors]  # any number of clips
     workers = cmaev.worker_count(s.workers, device)
-    load = lambda steps, start=0: cmaev.Feed(cmaev.loader(clips, workers, device, batch_sampler=cmaev.Batches(
+    load = lambda steps, start=0: cmaev.Feed(cmaev.loader(clips, workers, device, batch_sampler=cmaev.batches(
         len(videos), per_step, steps, s.seed, rank, world, start)), device)
 
     def train_step(batch, lr):

@@ -648,7 +648,7 @@ def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
     clips[0, 0]
     assert torch.equal(torch.get_rng_state(), before)
     load = lambda workers, **cut: list(DataLoader(
-        clips, batch_sampler=cmaev.Batches(40, 8, 7, 0, **{"rank": 0, "world": 1} | cut), num_workers=workers))
+        clips, batch_sampler=cmaev.batches(40, 8, 7, 0, **{"rank": 0, "world": 1} | cut), num_workers=workers))
     whole = load(0)
     for batch, again in zip(whole, load(2), strict=True):
         assert all(torch.equal(batch[name], again[name]) for name in batch)
@@ -656,7 +656,7 @@ def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
         assert all(torch.equal(batch[name], torch.cat([half[name] for half in halves])) for name in batch)
     for batch, rest in zip(whole[3:], load(0, start=3), strict=True):
         assert all(torch.equal(batch[name], rest[name]) for name in batch)
-    keys = list(cmaev.Batches(40, 8, 10, 0, 0, 1))
+    keys = list(cmaev.batches(40, 8, 10, 0, 0, 1))
     first, second = sum(keys[:5], []), sum(keys[5:], [])
     assert sorted(first) == [(0, i) for i in range(40)] and sorted(second) == [(1, i) for i in range(40)]
     assert [i for _, i in first] != [i for _, i in second]
@@ -2149,7 +2149,7 @@ def test_faults_bad_videos_are_replaced(demo, spoilt):
     clips.videos[-1] = str(gone), None
     assert not clips[0, len(videos) - 1]["replaced"].any()
     gone.unlink()
-    assert clips[0, len(videos) - 1]["replaced"].all() and "No such file" in log.read_text().splitlines()[-1]
+    assert clips[0, len(videos) - 1]["replaced"].all() and "no such file" in log.read_text().splitlines()[-1]
 
 
 def bad_videos_of(run):
@@ -2166,7 +2166,7 @@ def test_faults_bad_videos_are_named_once_counted_and_limited(demo, spoilt, capf
     count = cmaev.last_losses(runs[0])["bad_clips"]
     clips, read = clips_of(demo, seed=0, rate=4), cmaev.read_list(demo.parent / "mixed.txt")
     clips.videos, clips.log = read, runs[0] / "again.jsonl"
-    replaced = [bool(clips[key]["replaced"]) for batch in cmaev.Batches(len(read), 8, 2 * (len(read) // 8), 0, 0, 1)
+    replaced = [bool(clips[key]["replaced"]) for batch in cmaev.batches(len(read), 8, 2 * (len(read) // 8), 0, 0, 1)
                 for key in batch]
     assert count == sum(replaced) > len(named) and f"; {count} of " in output
     assert set(named) == {json.loads(line)["path"] for line in clips.log.open()}
@@ -2268,8 +2268,6 @@ def test_faults_bounds_of_frames(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     write_png(torch.zeros(3, 48, 64, dtype=torch.uint8), str(tmp_path / "images" / "0.png"))
     write_jpeg(torch.zeros(3, 48, 64, dtype=torch.uint8), str(tmp_path / "images" / "1.jpg"))
-    for i, name in enumerate(("0.png", "1.jpg")):
-        assert cmaev.image_size((tmp_path / "images" / name).read_bytes()) == (64, 48)
     monkeypatch.setattr(cmaev, "MAX_BYTES", 10 * 48 * 64 * 3)
     assert len(cmaev.Video(path).read(range(10))) == 10
     with pytest.raises(cmaev.CMAEVError, match="11 frames of 64x48 pixels are too large"):
@@ -2280,10 +2278,10 @@ def test_faults_bounds_of_frames(tmp_path, monkeypatch):
         video.read(range(3))
     monkeypatch.setattr(cmaev, "MAX_SECONDS", 60)
     monkeypatch.setattr(cmaev, "MAX_PIXELS", 3000)
-    with pytest.raises(cmaev.CMAEVError, match="says that its frames have 64x48 pixels"):
+    with pytest.raises(cmaev.CMAEVError, match="frames of 64x48 pixels are too large"):
         cmaev.Video(path)
     for i in range(2):
-        with pytest.raises(cmaev.CMAEVError, match="says that its frames have 64x48 pixels"):
+        with pytest.raises(cmaev.CMAEVError, match="frames of 64x48 pixels are too large"):
             cmaev.Video(tmp_path / "images").read([i])
 
 
@@ -2395,7 +2393,6 @@ def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, scri
     device, updates, feed, backward = torch.device("cuda", 0), [], cmaev.Feed, torch.Tensor.backward
     monkeypatch.setattr(cmaev, "join_ranks", lambda: (0, 1, device))
     monkeypatch.setattr(cmaev, "device_name", str)
-    monkeypatch.setattr(cmaev, "_channel_statistics", cmaev._channel_statistics.__wrapped__)
     monkeypatch.setattr(cmaev, "Feed", TwoBatches)
     monkeypatch.setattr(torch.Tensor, "backward", empty_gradients)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
@@ -2446,7 +2443,7 @@ def test_gpu_losses_and_gradients_are_the_cpus(encoder, monkeypatch):
 @on_gpu
 def test_gpu_feed_brings_the_same_batches(demo):
     clips = clips_of(demo, repeats=2)
-    load = lambda device: cmaev.Feed(cmaev.loader(clips, 2, device, batch_sampler=cmaev.Batches(
+    load = lambda device: cmaev.Feed(cmaev.loader(clips, 2, device, batch_sampler=cmaev.batches(
         len(clips), 4, 12, 0, 0, 1)), device)
     plain, feed = load(torch.device("cpu")), load(DEVICE)
     busy = torch.randn(4096, 4096, device=DEVICE)
@@ -2469,7 +2466,7 @@ def test_gpu_step_never_waits_for_the_device(demo, encoder, dtype):
     model = cmaev.CMAEV(encoder, **TINY).to(DEVICE)
     optimizer = torch.optim.AdamW(cmaev.decay_groups(model, 0.05), lr=1e-4, fused=True)
     guard = cmaev.Guard(optimizer, dtype, DEVICE)
-    feed = cmaev.Feed(cmaev.loader(clips, 0, DEVICE, batch_sampler=cmaev.Batches(len(clips), 4, 8, 0, 0, 1)), DEVICE)
+    feed = cmaev.Feed(cmaev.loader(clips, 0, DEVICE, batch_sampler=cmaev.batches(len(clips), 4, 8, 0, 0, 1)), DEVICE)
     losses = []
     try:
         for step in range(8):
