@@ -21,7 +21,6 @@ Shapes: B clips, T frames, H x W pixels; N tokens, N_v of them visible and N_m m
 
 import argparse
 import contextlib
-import csv
 import functools
 import hashlib
 import json
@@ -38,6 +37,7 @@ import zipfile
 from bisect import bisect_left, bisect_right
 from collections import deque
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads then leave the cores while they wait
@@ -50,9 +50,7 @@ import torch.nn.functional as F
 from av.sidedata.sidedata import SideDataContainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_image, write_png
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 
@@ -431,9 +429,10 @@ def _read_list_file(path):
         if not (line := line.strip()):
             continue
         readings = [(line, None)]
-        if match := PATH_FRAMES_LABEL.fullmatch(line):
-            video, frames, label = match.groups()
-            readings += [(video + (frames or ""), int(label)), (video, int(label))]
+        if match := PATH_AND_NUMBER.fullmatch(line):
+            readings.append((match[1], int(match[2])))
+            if counted := PATH_AND_NUMBER.fullmatch(match[1]):  # path frames label
+                readings.append((counted[1], int(match[2])))
         readings = [(os.path.join(os.path.dirname(path), name), label) for name, label in readings]
         video = next((video for exists in (listed, os.path.exists) for video in readings if exists(video[0])), None)
         if video is None:
@@ -446,7 +445,13 @@ def _read_list_file(path):
     return videos
 
 
-PATH_FRAMES_LABEL = re.compile(r"(.*?)([\s,]+\d+)?[\s,]+(-?\d+)", re.DOTALL)
+PATH_AND_NUMBER = re.compile(r"(.*[^\s,])[\s,]+(-?\d+)", re.DOTALL)
+
+
+def subset(videos, count, seed):
+    """The first `count` videos of a seeded shuffle; all of them for 0."""
+    with seeded(seed) as generator:
+        return [videos[i] for i in torch.randperm(len(videos), generator=generator)[:count]] if count else videos
 
 
 def check_readable(videos):
@@ -458,60 +463,6 @@ def check_readable(videos):
         except BadVideo as error:
             errors.append(error)
     raise errors[0]
-
-
-def read_labelled(path, flag):
-    """read_list for labelled videos -> [(path, label)]. Raises CMAEVError for an empty path or a missing label."""
-    if not path:
-        raise CMAEVError(f"--{flag} is not given: name a list (`path label` per line) or a folder of class folders")
-    videos = read_list(path)
-    for video, label in videos:
-        if label is None or label < 0:
-            what = "no label" if label is None else f"label {label}"
-            raise CMAEVError(f"{path}: {video} has {what}: give 0, 1, 2, ..., or a folder per class")
-    return videos
-
-
-def read_test_videos(path, names, by_name):
-    """The labelled videos of --val under the training classes `names` -> [(path, label)].
-
-    Class folders are matched by name. The labels of a list count as they are; but where training had class folders
-    (`by_name`), a label that contradicts the class folder in its path stops the run.
-    Raises CMAEVError for a class or label that training did not have.
-    """
-    videos, in_folders, number = read_labelled(path, "val"), os.path.isdir(path), {n: i for i, n in enumerate(names)}
-    own = {video: class_folder(video, path) for video, _ in videos} if in_folders else {}
-    if unknown := sorted(set(own.values()) - set(names)):
-        raise CMAEVError(f"{path}: class folders {', '.join(unknown)} are none of the training classes "
-                         f"{', '.join(names)}: rename or remove them")
-    if in_folders:
-        return [(video, number[own[video]]) for video, _ in videos]
-    below = lambda video: os.path.relpath(video, os.path.dirname(path)).split(os.sep)  # the list's own folder
-    for video, label in videos:
-        if label >= len(names):
-            raise CMAEVError(f"{path}: {video} has label {label}: give 0 to {len(names) - 1}, the classes of the "
-                             "training list")
-        named = next((part for part in below(video)[-2::-1] if part in number), names[label])
-        if by_name and named != names[label]:
-            raise CMAEVError(f"{path}: {video} has label {label}, which is {names[label]} in training, but its folder "
-                             f"is {named}: number the classes as in training, or give a folder for --val")
-    return videos
-
-
-def class_folder(video, root):
-    """The class folder of a video of read_list(root): the first folder below the root."""
-    return os.path.relpath(video, root).split(os.sep)[0]
-
-
-def hold_out(videos, seed):
-    """A seeded tenth of each class, at least one of two videos -> (videos to train on, videos to test on)."""
-    with seeded(seed) as generator:
-        order = torch.randperm(len(videos), generator=generator).tolist()
-    tests = set()
-    for label in {label for _, label in videos}:
-        members = [i for i in order if videos[i][1] == label]
-        tests.update(members[:max(round(len(members) / 10), int(len(members) > 1))])
-    return [v for i, v in enumerate(videos) if i not in tests], [videos[i] for i in sorted(tests)]
 
 
 def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
@@ -728,147 +679,6 @@ class PretrainClips(Dataset):
         return v2.functional.resize(views, [self.size, self.size], antialias=True)
 
 
-def dense_indices(num_frames, frames, rate, start):
-    """`frames` frames at a stride of exactly `rate`; `start` in [0, 1] places the clip -> int64 [frames].
-
-    The last frame of a video shorter than the clip repeats.
-    """
-    free = max(num_frames - 1 - (frames - 1) * rate, 0)
-    return (math.floor(start * free + 0.5) + rate * torch.arange(frames)).clamp(max=num_frames - 1)
-
-
-def uniform_indices(num_frames, frames, offset):
-    """One frame from each of `frames` equal segments [TSN]; `offset` in [0, 1), one or [frames], places it inside."""
-    return ((torch.arange(frames) + offset) * num_frames / frames).long().clamp(max=num_frames - 1)
-
-
-def class_names(videos, source=""):
-    """The name of class 0, 1, ... of the labelled videos of a list or folder `source`.
-
-    That is the class folder or, in a list, the folder that holds the videos, if each class has its own; else the label.
-    Raises CMAEVError for a class between 0 and the largest that has no video.
-    """
-    folders = {}
-    for path, label in videos:
-        folder = class_folder(path, source) if os.path.isdir(source) else Path(path).parent.name
-        folders.setdefault(label, set()).add(folder)
-    missing = sorted(set(range(max(folders))) - folders.keys())
-    if missing:
-        raise CMAEVError(f"class {missing[0]} of 0 to {max(folders)} has no video in the list: add one or renumber")
-    own = len(set.union(*folders.values())) == len(folders) and all(len(names) == 1 for names in folders.values())
-    return [folders[label].pop() if own else str(label) for label in range(len(folders))]
-
-
-class LabelledClips(Dataset):
-    """Labelled clips for fine-tuning and testing. Sample (epoch, index) is a pure function of (seed, epoch, index).
-
-    `sampling` is "dense" (a stride of `rate`, K400) or "uniform" (one frame a segment, SSv2). For training, `augment`
-    is a transform of uint8 [T, 3, H, W] and `repeats` clips come out of one opened video [repeated sampling]. Without
-    it, the clips are the test views: segments x crops, crops along the long side. dataset[epoch, index], V clips:
-        clip   uint8 [V, T, 3, S, S]
-        label  int64 [V]
-        index  int64 [V]
-        replaced  bool [V]   whether the video is bad and its clips are another video's, in testing black ones
-    """
-
-    def __init__(self, videos, frames, rate, size, sampling, augment=None, repeats=1, segments=1, crops=1, seed=0,
-                 log=None):
-        if sampling not in ("dense", "uniform"):
-            raise CMAEVError(f"--sampling {sampling}: give dense or uniform")
-        self.videos, self.frames, self.rate, self.size, self.sampling = videos, frames, rate, size, sampling
-        self.augment, self.repeats, self.segments, self.crops, self.seed = augment, repeats, segments, crops, seed
-        self.log = log
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, key):
-        if self.augment:
-            sample, replaced = replaced_if_bad(self.sample, self.videos, self.seed, key, self.log)
-        else:
-            sample, replaced = self.sample_or_black(*epoch_and_index(key, self.videos))
-        return sample | {"replaced": torch.full_like(sample["label"], replaced, dtype=torch.bool)}
-
-    def sample_or_black(self, epoch, index):
-        try:
-            return self.sample(index, epoch, index), False
-        except BadVideo as error:
-            (path, label), views = self.videos[index], self.segments * self.crops
-            name_bad_video(path, last_line(error), self.log)
-            black = torch.zeros(views, self.frames, 3, self.size, self.size, dtype=torch.uint8)
-            return self.labelled(black, label, index), True
-
-    def sample(self, index, *key):
-        path, label = self.videos[index]
-        video = Video(path)
-        with bad_video(path, "cropped and resized"), seeded(self.seed, *key):
-            places = self.random_places() if self.augment else self.even_places()
-            indices = torch.stack([self.indices(len(video), place) for place in places])
-            clips = video.read(indices.flatten()).unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
-            to_views = (lambda clip: [self.augment(clip)]) if self.augment else self.test_crops
-            clips = [view for clip in clips for view in to_views(clip)]
-        return self.labelled(torch.stack(clips), label, index)
-
-    def labelled(self, clips, label, index):
-        return {"clip": clips, "label": torch.full((len(clips),), -1 if label is None else label),
-                "index": torch.full((len(clips),), index)}
-
-    def indices(self, num_frames, place):
-        if self.sampling == "dense":
-            return dense_indices(num_frames, self.frames, self.rate, place)
-        return uniform_indices(num_frames, self.frames, place)
-
-    def random_places(self):
-        return [torch.rand(self.frames) if self.sampling == "uniform" else float(torch.rand(()))
-                for _ in range(self.repeats)]
-
-    def even_places(self):
-        """Dense clips from the start to the end of a video, one in its middle; uniform ones evenly inside segments."""
-        if self.sampling == "dense" and self.segments > 1:
-            return [k / (self.segments - 1) for k in range(self.segments)]
-        return [(k + 0.5) / self.segments for k in range(self.segments)]
-
-    def test_crops(self, clip):
-        """Short side to S, then crops of S x S evenly along the long side, one in its middle: [T, 3, H, W] -> list."""
-        clip = v2.functional.resize(clip, [self.size], antialias=True)
-        room = [side - self.size for side in clip.shape[2:]]
-        places = [k / (self.crops - 1) for k in range(self.crops)] if self.crops > 1 else [0.5]
-        tops_lefts = [[math.floor(place * free + 0.5) for free in room] for place in places]
-        return [clip[..., top:top + self.size, left:left + self.size] for top, left in tops_lefts]
-
-
-def training_augmentation(size, smallest_crop, flip, rand_augment, erasing):
-    """VideoMAE's augmentation for fine-tuning by torchvision, one draw a clip: uint8 [T, 3, H, W] -> [T, 3, S, S].
-
-    Where timm's rand-m7-n4-mstd0.5-inc1 leaves each operation out half of the time and varies its strength, torchvision
-    always applies all four at strength 7 of 10; where timm erases with noise, it erases with the mean colour.
-    """
-    operations = v2.RandAugment(num_ops=4, magnitude=7, num_magnitude_bins=11, fill=[round(255 * m) for m in MEAN],
-                                interpolation=v2.InterpolationMode.BILINEAR)
-    return v2.Compose([
-        operations if rand_augment else nn.Identity(),
-        v2.RandomResizedCrop(size, scale=(smallest_crop, 1), ratio=(3 / 4, 4 / 3), antialias=True),
-        v2.RandomHorizontalFlip(0.5 if flip else 0.0),
-        v2.RandomErasing(erasing, value=[round(255 * m) for m in MEAN]),
-    ])
-
-
-def mixing(mixup, cutmix, classes):
-    """Mixup and cutmix, one of the two a step, by torchvision: clips [B, ..., H, W], labels int64 [B] -> mixed clips,
-    soft labels [B, classes]. `mixup` and `cutmix` are their alphas; 0: without. One share a batch, as timm's default.
-    """
-    chosen = [transform(alpha=alpha, num_classes=classes)
-              for transform, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
-    if not chosen:
-        return lambda clips, labels: (clips, labels)
-    either = v2.RandomChoice(chosen)
-
-    def mix(clips, labels):
-        clips, labels = either(tv_tensors.Video(clips), labels)
-        return clips.as_subclass(torch.Tensor), labels
-    return mix
-
-
 def normalize(clips):
     """Values in 0 to 255 [B, T, 3, H, W] as the dataset gives them -> float32 [B, 3, T, H, W] as the models take it."""
     channels = zip(clips.unbind(2), MEAN, STD)
@@ -928,25 +738,6 @@ def take(tokens, numbers):
 # =====================================================================================================================
 # 3  Encoders
 # =====================================================================================================================
-
-ENCODERS = {
-    "vit_tiny": dict(width=192, depth=6, heads=3),  # [choice], for the demo
-    "vit_small": dict(width=384, depth=12, heads=6),
-    "vit_base": dict(width=768, depth=12, heads=12),
-    "vit_large": dict(width=1024, depth=24, heads=16),
-    "convvit_tiny": dict(widths=(48, 96, 192), depths=(1, 1, 5), heads=3),  # [choice], vit_tiny's ConvViT
-    "convvit_base": dict(widths=(256, 384, 768), depths=(2, 2, 11), heads=12),
-}
-
-
-def build_encoder(name, **geometry):
-    """An encoder of ENCODERS for clips of a geometry: frames, size, tubelet, patch; for ConvViT, `fusion`, too."""
-    if name not in ENCODERS:
-        raise CMAEVError(f"no encoder {name!r}: there are {', '.join(ENCODERS)}")
-    if "fusion" in geometry and not name.startswith("convvit"):
-        raise CMAEVError(f"{name} has no multi-scale fusion to leave out: give --no-fusion with a ConvViT alone")
-    return (ConvViT if name.startswith("convvit") else VisionTransformer)(**ENCODERS[name], **geometry)
-
 
 def token_grid(frames, size, tubelet, patch):
     """Clip geometry -> grid (T / tubelet, H / patch, W / patch). `size` is H = W or (H, W)."""
@@ -1096,6 +887,10 @@ class VisionTransformer(Encoder):
             x = block(x)
         return self.norm(x)
 
+    def layers(self):
+        """The layers of layer-wise learning-rate decay, input first: the embedding, then each block."""
+        return [self.patch_embed, *self.blocks]
+
 
 def spread(x, grid, numbers):
     """Pixels of visible tokens -> the whole map, zero where masked: [B, N_v, s, s, C] -> [B, C, T', H' s, W' s].
@@ -1228,6 +1023,32 @@ class ConvViT(Encoder):
         if self.fusion1 is not None:
             stage3 = stage3 + self.fusion1(stage1.flatten(2)) + self.fusion2(stage2.flatten(2))
         return self.norm(stage3)
+
+    def layers(self):
+        """The layers of layer-wise learning-rate decay: all before stage 3 is one [ConvMAE]."""
+        return [nn.ModuleList([self.patch_embed1, self.patch_embed2, self.patch_embed3, self.patch_embed4,
+                               self.embed_norms, self.blocks1, self.blocks2]), *self.blocks3]
+
+
+ENCODERS = {  # name: class, sizes
+    "vit_tiny": (VisionTransformer, dict(width=192, depth=6, heads=3)),  # [choice], for the demo
+    "vit_small": (VisionTransformer, dict(width=384, depth=12, heads=6)),
+    "vit_base": (VisionTransformer, dict(width=768, depth=12, heads=12)),
+    "vit_large": (VisionTransformer, dict(width=1024, depth=24, heads=16)),
+    "convvit_tiny": (ConvViT, dict(widths=(48, 96, 192), depths=(1, 1, 5), heads=3, fusion=True)),  # [choice]
+    "convvit_base": (ConvViT, dict(widths=(256, 384, 768), depths=(2, 2, 11), heads=12, fusion=True)),
+}
+
+
+def build_encoder(name, fusion=True, **geometry):
+    """An encoder of ENCODERS for clips of a geometry: frames, size, tubelet, patch.
+
+    `fusion` False leaves out the multi-scale fusion of an encoder that has it.
+    """
+    if name not in ENCODERS:
+        raise CMAEVError(f"no encoder {name!r}: there are {', '.join(ENCODERS)}")
+    encoder, sizes = ENCODERS[name]
+    return encoder(**sizes | geometry | ({} if fusion or "fusion" not in sizes else {"fusion": False}))
 
 
 # =====================================================================================================================
@@ -1434,67 +1255,6 @@ class CMAEV(nn.Module):
 
 
 # =====================================================================================================================
-# 7  Classifier
-# =====================================================================================================================
-
-
-class Classifier(nn.Module):
-    """Mean of all tokens, LayerNorm, linear head [VideoMAE]: clip [B, 3, T, H, W] -> logits [B, classes].
-
-    The norm of the mean takes the place of the encoder's own.
-    """
-
-    def __init__(self, encoder, classes):
-        super().__init__()
-        self.encoder = encoder
-        self.encoder.norm = nn.Identity()
-        self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6)
-        self.head = nn.Linear(encoder.width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)  # init_scale .001 [VideoMAE]
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, clip):
-        return self.head(self.fc_norm(self.encoder(clip).mean(dim=1)))
-
-
-@torch.no_grad()
-def features(encoder, clip):
-    """A clip's features: [B, 3, T, H, W], normalised -> token features [B, N, D], pooled features [B, D]."""
-    tokens = encoder(clip)
-    return tokens, tokens.mean(dim=1)
-
-
-def linear_probe(train, labels, test, classes, steps=500):
-    """Linear classifier on frozen features, after a batch norm without affine [MAE] -> scores of `test` [M, classes].
-
-    train [n, D], labels int64 [n], test [M, D]. Whole-batch AdamW under a cosine: no augmentation, no choice of order.
-    """
-    if len(train) < 2:
-        raise CMAEVError("a linear probe needs two or more training videos that can be read")
-    width = train.shape[1]
-    probe = nn.Sequential(nn.BatchNorm1d(width, affine=False, momentum=None), nn.Linear(width, classes))
-    nn.init.zeros_(probe[1].weight)
-    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.01)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, 0, steps, 0, 0.01, 0)
-        F.cross_entropy(probe(train), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        return probe.eval()(test).softmax(dim=1)
-
-
-def nearest_neighbours(train, labels, test, classes, k=20, temperature=0.07):
-    """Weighted k-nearest-neighbour on frozen features [DINO] -> scores of `test` [M, classes].
-
-    Each of the k most similar (cosine) training videos votes for its class with weight exp(similarity / temperature).
-    """
-    similarity, nearest = (F.normalize(test) @ F.normalize(train).T).topk(min(k, len(train)), dim=1)
-    votes = F.one_hot(labels[nearest], classes) * ((similarity - 1) / temperature).exp()[..., None]
-    return votes.sum(dim=1) / votes.sum(dim=(1, 2))[:, None]
-
-
-# =====================================================================================================================
 # 8  Weights
 # =====================================================================================================================
 
@@ -1511,7 +1271,7 @@ def save_encoder(encoder, path):
             state[name.replace("qkv.bias", "q_bias")], state[name.replace("qkv.bias", "v_bias")] = q.clone(), v.clone()
         else:
             state[name] = value
-    with whole_file(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         torch.save({"model": state, "geometry": {"grid": list(encoder.grid), "cube": list(encoder.cube)}}, file)
 
 
@@ -1672,70 +1432,56 @@ def load_weights(module, state, path, wanted=None):
 
 
 # =====================================================================================================================
-# 9  Training: what both scripts need
+# 9  Training: what both scripts share
 # =====================================================================================================================
 
-RECIPES = ("demo", "k400", "ssv2")
-MACHINE = {"workers", "compile", "log_every", "save_every", "picture_every", "results", "benchmark"}  # not the weights
+
+def number(kind, interval):
+    """Makes an argparse type: a number of `kind` in an interval such as "[0, 1)"."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def parse(text):
+        value = kind(text)
+        if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
+            raise argparse.ArgumentTypeError(f"{text}: give a number in {interval}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
 
 
-RANGES = (
-    ("epochs batch_size frames size tubelet patch rate repeats segments crops log_every save_every",
-     lambda x: 1 <= x < math.inf, "1 or more"),
-    ("seed warmup_epochs max_shift subset picture_every warmup_lr min_lr weight_decay clip_grad contrast_weight mixup "
-     "cutmix", lambda x: 0 <= x < math.inf, "0 or more"),
-    ("lr temperature", lambda x: 0 < x < math.inf, "more than 0"),
-    ("mask_ratio", lambda x: 0 < x < 1, "more than 0 and less than 1"),
-    ("layer_decay smallest_crop", lambda x: 0 < x <= 1, "more than 0 and at most 1"),
-    ("momentum erasing bad_share", lambda x: 0 <= x <= 1, "0 to 1"),
-    ("beta1 beta2 drop_path smoothing", lambda x: 0 <= x < 1, "0 or more and less than 1"),
-    ("workers", lambda x: x >= -1, "-1 or more"),
-)
+COUNT, WHOLE = number(int, "[1, inf)"), number(int, "[0, inf)")
+POSITIVE, NOT_NEGATIVE, SHARE = number(float, "(0, inf)"), number(float, "[0, inf)"), number(float, "[0, 1]")
 
 
-def check_ranges(settings, by_hand):
-    """Raises CMAEVError, naming flag and range, for a number that is out of its range."""
-    for names, allowed, text in RANGES:
-        for name in names.split():
-            if hasattr(settings, name) and not allowed(getattr(settings, name)):
-                raise CMAEVError(f"--{name.replace('_', '-')} {getattr(settings, name)}: give {text}")
-    if settings.warmup_epochs >= settings.epochs and by_hand & {"epochs", "warmup_epochs"}:
-        raise CMAEVError(f"--warmup-epochs {settings.warmup_epochs}: give less than the {settings.epochs} of --epochs")
-    if settings.__dict__.get("predict") == [] and "predict" in by_hand:
-        raise CMAEVError("--predict: name one or more videos; behind -- where a name begins with -")
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """--help that shows the recipe's values, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "", [], False) else super()._get_help_string(action)
 
 
-def read_settings(table, description):
-    """Command line -> settings, and the names of those that were given by hand.
+def parse_settings(parser, recipes, argv):
+    """Parses the command line's `argv` -> settings, the set of the names of those that were given by hand.
 
-    `table` is {flag: (value, or a tuple of one value per recipe, help)}. --recipe fills every setting; any flag
-    overrides its own. A recipe's paths of videos count only together: --data by hand alone clears the recipe's --val.
+    The defaults are those of --recipe, one dict per recipe, over the parser's own. --data given by hand clears the
+    recipe's --val. Raises CMAEVError for a wrong flag or value.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--recipe", choices=RECIPES, help="fills all settings [demo]")
-    for flag, (values, text) in table.items():
-        default = " / ".join(str(value) or "-" for value in values) if isinstance(values, tuple) else values
-        kind = type(values[0] if isinstance(values, tuple) else values)
-        how = dict(type=kind, metavar=kind.__name__)
-        if kind is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif kind is list:
-            how = dict(nargs="*", metavar="FILE")
-        parser.add_argument(f"--{flag}", help=f"{text} [{default}]".replace("%", "%%"), **how)
-    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    settings = parser.parse_args(sys.argv[1:end])
-    if files := sys.argv[end + 1:]:  # files whose names may begin with -
-        if getattr(settings, "predict", None) is None:
-            raise CMAEVError(f"{files[0]}: only --predict takes files")
-        settings.predict += files
-    by_hand = {name for name, value in vars(settings).items() if value is not None}
-    settings.recipe = settings.recipe or "demo"
+    def fail(message):
+        raise CMAEVError(f"{message} (--help lists the settings)")
+    parser.error, first = fail, argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for each in (first, parser):
+        each.add_argument("--recipe", default="demo", help=f"fills all settings: {', '.join(recipes)}")
+    recipe = first.parse_known_args(argv)[0].recipe
+    if recipe not in recipes:
+        fail(f"--recipe {recipe}: give {', '.join(recipes)}")
+    parser.set_defaults(**recipes[recipe])
+    settings = parser.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(settings), parser))  # a mark that only given flags replace
+    by_hand = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not parser}
     if "data" in by_hand and "val" not in by_hand:
         settings.val = ""
-    for name, value in recipe(table, settings.recipe).items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
-    check_ranges(settings, by_hand)
+    if settings.warmup_epochs >= settings.epochs:
+        fail(f"--warmup-epochs {settings.warmup_epochs}: give less than the {settings.epochs} of --epochs")
     return settings, by_hand
 
 
@@ -1748,51 +1494,28 @@ def check_own_data(by_hand):
         raise CMAEVError("--val without --data: give both")
 
 
-def settings_of_run(run, settings, by_hand):
-    """Takes over the settings of the run in a folder, but for those given by hand and those of the machine."""
-    record = Path(run) / "settings.json"
-    if not record.exists():
-        raise CMAEVError(f"{run} holds no run: fine-tune first, or name a run's folder with --out")
-    for name, value in json.loads(record.read_text())["settings"].items():
-        if name not in by_hand | MACHINE | {"out"} and hasattr(settings, name):
-            setattr(settings, name, value)
-
-
-def recipe(table, name):
-    """The settings of one recipe, as {name of the setting: value}."""
-    return {flag.replace("-", "_"): values[RECIPES.index(name)] if isinstance(values, tuple) else values
-            for flag, (values, _) in table.items()}
-
-
-def given(settings, table):
-    """The recipe, and the settings that differ from it, without those of MACHINE -> dict."""
-    return dict(recipe=settings.recipe) | {
-        name: getattr(settings, name) for name, value in recipe(table, settings.recipe).items()
-        if name not in MACHINE and getattr(settings, name) != value}
-
-
 def run_script(main):
     """Runs a script's main(): what the user can put right ends in one line, and Ctrl-C in none."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be any bytes
+            stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         main()
     except (CMAEVError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows what it holds below its own traceback
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints its message below its own traceback
             about = dict(py_callstack=last_line(error), timestamp=str(int(time.time())))
             Path(file).write_text(json.dumps({"message": {"message": last_line(error), "extraInfo": about}}))
         sys.exit(f"error{f' on rank {this_rank()}' if this_rank() else ''}: {last_line(error)}")
     except RuntimeError as error:
         if not re.search(r"(out of|insufficient) shared memory|unable to .*</?torch_|Bus error", str(error)):
             raise
-        sys.exit("error: the shared memory, /dev/shm, is too small for the batches of the decoding processes: enlarge "
-                 "it (docker run --shm-size=8g or --ipc=host), or give --workers 0")
+        sys.exit("error: the shared memory, /dev/shm, is too small for the workers' batches: enlarge it (docker run "
+                 "--shm-size=8g or --ipc=host), or give --workers 0")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         if workers := multiprocessing.active_children():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with torch's, each would be an error
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with torch's handler each would be an error
             for worker in workers:
                 worker.kill()
         unlock_runs()
@@ -1802,7 +1525,7 @@ def run_script(main):
 
 def join_ranks():
     """Joins torchrun's process group, if there is one -> rank, world size, device."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: new memory in pages of 2 MiB, not 4 KiB
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: memory in pages of 2 MiB instead of 4 KiB
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -1814,45 +1537,58 @@ def join_ranks():
     return rank, world, device
 
 
+def print0(*values):
+    """Prints on rank 0."""
+    if this_rank() == 0:
+        print(*values, flush=True)
+
+
+@contextlib.contextmanager
+def main_rank_first():
+    """Runs the block on rank 0 before the other ranks, which find on disk what it left there."""
+    if this_rank() > 0:
+        dist.barrier()
+    yield
+    if this_rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+
 SAVED_AND_STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again"
 
 
 def notice_signals():
-    """From now on SIGTERM (from SLURM, torchrun, kill) and a first Ctrl-C do not end the process.
+    """Keeps SIGTERM (from SLURM, torchrun, kill) and a first Ctrl-C from ending the process.
 
-    Returns a function that gives, on all ranks at the same call of it, the signal that any rank has received, or 0.
+    Returns a function that gives, on all ranks at the same call, the signal that any rank has received, or 0.
     """
     received = []
 
-    def note(number, _):
-        if number == signal.SIGINT and number in received:
+    def note(signal_number, _):
+        if signal_number == signal.SIGINT and signal_number in received:
             raise KeyboardInterrupt
-        received.append(number)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return lambda: int(any_rank(torch.tensor(float(max(received, default=0)))))
+        received.append(signal_number)
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, note)
+
+    def signal_of_any_rank():
+        number = torch.tensor(max(received, default=0))
+        if world_size() > 1:
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
+    return signal_of_any_rank
 
 
-def stop_run(number, step):
+def stop_run(signal_number, step):
     """Ends the process after it has saved because of a signal."""
-    if this_rank() == 0:
-        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        print(f"stopped by {name}, saved after step {step}: the same command goes on", flush=True)
-    sys.exit(130 if number == signal.SIGINT else SAVED_AND_STOPPED)
-
-
-def any_rank(x):
-    """The largest value over the ranks, in place: of a tensor on the CPU without waiting for the device."""
-    if world_size() > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x
+    name = "Ctrl-C" if signal_number == signal.SIGINT else "SIGTERM"
+    print0(f"stopped by {name}, saved after step {step}: the same command continues")
+    sys.exit(130 if signal_number == signal.SIGINT else SAVED_AND_STOPPED)
 
 
 def ignore_signals(worker):
-    """A decoding process leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to all, to the trainer.
+    """Makes a worker leave Ctrl-C and SIGTERM, which a terminal or SLURM sends to all processes, to the trainer.
 
-    torch ends the worker when the trainer ends. A worker whose trainer is already dead exits at once. A worker releases
-    its copy of the lock on the run's folder.
+    torch ends the worker when the trainer ends. A worker whose trainer is already dead exits at once.
     """
     trainer = multiprocessing.parent_process()
     forked = multiprocessing.get_start_method() == "fork"  # else the parent may be a fork server
@@ -1863,153 +1599,45 @@ def ignore_signals(worker):
     unlock_runs()
 
 
-def loader(clips, workers, device, **batches):
-    """torch's DataLoader as all loops here use it."""
-    return DataLoader(clips, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
-                      **batches)
-
-
-def share_of_rank(clips):
-    """Sampler for one pass: every clip once, whatever the number of ranks, and nothing is padded."""
-    return [(0, i) for i in range(this_rank(), len(clips), world_size())]
-
-
-@contextlib.contextmanager
-def chief_first():
-    """The block runs on rank 0, and only then on the other ranks, who find on disk what it left there."""
-    if this_rank() > 0:
-        dist.barrier()
-    yield
-    if this_rank() == 0 and world_size() > 1:
-        dist.barrier()
-
-
-def amp_dtype(name, device):
-    """--amp auto, bf16, fp16 or none -> torch.bfloat16, torch.float16 or None (float32)."""
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif name == "auto":
-        name = "bf16" if torch.cpu._is_avx512_bf16_supported() else "none"  # no public name in torch yet
-    if name not in names:
-        raise CMAEVError(f"--amp {name}: give auto, bf16, fp16 or none")
-    return names[name]
-
-
-def learning_rate(step, warmup, steps, start, peak, floor):
-    """Linear from `start` to `peak` over the warm-up steps, then a half cosine to `floor` [VideoMAE]."""
-    if step < warmup:
-        return start + (peak - start) * step / max(warmup - 1, 1)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
 def worker_count(workers, device):
-    """--workers -1: on a GPU one decoding process a core, at most 16 a rank; on a CPU, which trains too, 2."""
-    if workers >= 0:
+    """--workers, or its default: one per core beside a GPU, at most 16 per rank; 2 on a CPU, which trains too."""
+    if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if device.type == "cuda" else 2
 
 
-def decay_groups(model, weight_decay):
-    """AdamW's groups: weight decay on matrices, none on biases, norms and the mask token (all of them 1-D)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
-            dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
+def loader(clips, workers, device, **batches):
+    """The DataLoader that all loops use."""
+    return DataLoader(clips, num_workers=worker_count(workers, device), pin_memory=device.type == "cuda",
+                      worker_init_fn=ignore_signals, **batches)
 
 
-def layer_groups(model, weight_decay, layer_decay):
-    """AdamW's groups for fine-tuning [VideoMAE]: each layer's rate is `layer_decay` times the next one's.
-
-    The classifier's own layers have scale 1, transformer block i of L has layer_decay^(L - i), i from 0. All that comes
-    before the transformer blocks, in ConvViT stages 1 and 2 too [ConvMAE], has layer_decay^(L + 1). A group carries its
-    factor as "scale"; weight decay as in decay_groups.
-    """
-    blocks = "blocks3" if isinstance(model.encoder, ConvViT) else "blocks"
-    depth, groups = len(getattr(model.encoder, blocks)), {}
-    for name, p in model.named_parameters():
-        part, index = (*name.split("."), "")[1:3]
-        layer = depth + 1 if not name.startswith("encoder.") else int(index) + 1 if part == blocks else 0
-        group = groups.setdefault((layer, p.ndim > 1), dict(
-            params=[], scale=layer_decay ** (depth + 1 - layer), weight_decay=weight_decay if p.ndim > 1 else 0.0))
-        group["params"].append(p)
-    return list(groups.values())
+def rank_indices(clips):
+    """Sampler for one pass: each clip once over all ranks, without padding."""
+    return [(0, i) for i in range(this_rank(), len(clips), world_size())]
 
 
-def batches(videos, batch, steps, seed, rank=0, world=1, start=0):
-    """Yields one rank's batches from step `start` to the end of the run: lists of (epoch, index).
+def batches(videos, batch, steps, seed, start=0):
+    """Yields this rank's batches from step `start` to the end of the run: lists of (epoch, index).
 
     Each epoch is a permutation of the videos seeded by (seed, epoch), cut into global batches, which are cut into
-    ranks; what is left over at its end is dropped. One iterator serves all epochs, so that workers never restart.
+    ranks. The videos left over at its end are dropped. One iterator serves all epochs: workers never restart.
     """
-    per_epoch = videos // batch
+    per_epoch, part = videos // batch, batch // world_size()
     for step in range(start, steps):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == start:
             with seeded(seed, epoch) as generator:
                 order = torch.randperm(videos, generator=generator).tolist()
-        first = i * batch + rank * batch // world
-        yield [(epoch, index) for index in order[first:first + batch // world]]
-
-
-
-class Guard:
-    """The optimiser's step, left out on all ranks where the loss or a gradient of any is not finite.
-
-    Nothing waits for the device: outside fp16 a gradient scaler of scale 1 leaves the step out there. The steps that
-    fp16's own scaler leaves out while it looks for its scale are no faults.
-    """
-
-    def __init__(self, optimizer, dtype, device):
-        self.optimizer, self.fp16 = optimizer, dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self.fp16 else 1.0)
-        self.counts = torch.zeros(3, device=device)  # steps left out, in a row now, in the longest row
-
-    def step(self, loss, parameters, max_norm):
-        """Backward pass and step -> gradient norm, and whether it was a step: bool scalar on the device."""
-        finite = loss.detach().isfinite()
-        poison = torch.where(finite, 1.0, math.nan)  # of every gradient, so that a bad loss alone stops the step, too
-        self.scaler.scale(loss * poison).backward()
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
-        fine = finite & (grad_norm.isfinite() | self.fp16)
-        bad = any_rank((~fine).float())
-        self.scaler.step(self.optimizer)
-        self.scaler.update(None if self.fp16 else 1.0)
-        self.optimizer.zero_grad()
-        count, row, longest = self.counts.unbind()
-        row = (row + bad) * bad
-        self.counts = torch.stack([count + bad, row, torch.maximum(longest, row)])
-        return grad_norm, bad == 0
-
-    def check(self, run, limit=5):
-        """The number of steps left out so far. Raises CMAEVError where `limit` were in a row; waits for the device."""
-        count, _, longest = self.counts.int().tolist()
-        if longest >= limit:
-            raise CMAEVError(f"{longest} steps in a row had a loss or a gradient that is not finite, and were left "
-                             f"out: {run}/checkpoint.pt is of before; lower --lr, or give --amp none")
-        return count
-
-    def state_dict(self):
-        return dict(scaler=self.scaler.state_dict(), counts=self.counts)
-
-    def load_state_dict(self, state):
-        self.scaler.load_state_dict(state["scaler"])
-        self.counts.copy_(state["counts"])
-
-
-def check_bad_share(bad, clips, per_epoch, limit, log):
-    """Raises CMAEVError where more than `limit` of the clips, or of one epoch's if that is more, were of bad videos."""
-    if bad > limit * max(clips, per_epoch):
-        raise CMAEVError(f"{bad} of {clips} clips were of bad videos, which {log} names: take them off the list, or "
-                         "give a larger --bad-share")
+        first = i * batch + this_rank() * part
+        yield [(epoch, index) for index in order[first:first + part]]
 
 
 class Feed:
-    """A loader's batches on the device, [videos, repeats, ...] -> [repeats x videos, ...]. Masks, colours stay on CPU.
+    """A loader's batches on the device, [videos, repeats, ...] -> [repeats x videos, ...]; masks stay on the CPU.
 
     Clips of one video are not neighbours, so that mixup and cutmix, which mix neighbours, mix different videos.
-
     On CUDA the copies run from pinned memory on a stream of their own, beside the step before.
     """
 
@@ -2019,10 +1647,10 @@ class Feed:
 
     def __next__(self):
         began = self.mark()
-        batch = dict(next(self.batches))
+        batch = next(self.batches)
         if self.copies:
             with torch.cuda.stream(self.copies):
-                batch = {name: x if name in ("mask", "colors") else x.to(self.device, non_blocking=True)
+                batch = {name: x if name == "mask" else x.to(self.device, non_blocking=True)
                          for name, x in batch.items()}
             torch.cuda.current_stream().wait_stream(self.copies)
             for x in batch.values():
@@ -2033,7 +1661,7 @@ class Feed:
         return batch
 
     def mark(self):
-        """Now, in the device's own queue: a CUDA event; on a CPU the seconds of the clock."""
+        """Now, in the device's own queue: a CUDA event; on a CPU the clock's seconds."""
         if self.copies is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -2041,9 +1669,61 @@ class Feed:
         return event
 
     def waited(self):
-        """Seconds that the device stood still for data since the last call; call it when the device has finished."""
+        """Seconds that the device waited for data since the last call; call it when the device has finished."""
         waits, self.waits = self.waits, []
         return sum(end - began if self.copies is None else began.elapsed_time(end) / 1000 for began, end in waits)
+
+
+def amp_dtype(name, device):
+    """--amp auto, bf16, fp16 or none -> torch.bfloat16, torch.float16 or None (float32)."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        name = "bf16" if torch.cpu._is_avx512_bf16_supported() else "none"  # no public name in torch yet
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[name]
+
+
+def grad_scaler(dtype, device):
+    """fp16 needs its scale. bf16 and float32 use a constant scale of 1, which skips steps that are not finite."""
+    return torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype is torch.float16 else 1.0)
+
+
+def optimizer_step(loss, parameters, optimizer, scaler, dtype, max_norm=0.0):
+    """Backward pass and optimiser step -> gradient norm, a float32 scalar; `max_norm` 0: unlimited.
+
+    A gradient that is not finite skips the step, on all ranks, since DDP has averaged it. Nothing waits for the device.
+    """
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    scaler.step(optimizer)
+    scaler.update(None if dtype is torch.float16 else 1.0)
+    optimizer.zero_grad()
+    return grad_norm
+
+
+def learning_rate(step, warmup, steps, start, peak, floor):
+    """Linear from `start` to `peak` over the warm-up steps, then a half cosine to `floor` [VideoMAE]."""
+    if step < warmup:
+        return start + (peak - start) * step / max(warmup - 1, 1)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def set_learning_rate(optimizer, s, step, per_epoch):
+    """Sets the learning rate of a step, times each group's "scale" -> the rate; all of it times batch / 256."""
+    scale = s.batch_size / 256
+    lr = learning_rate(step, s.warmup_epochs * per_epoch, s.epochs * per_epoch,
+                       scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
+    return lr
+
+
+def decay_groups(model, weight_decay):
+    """AdamW's groups: weight decay on matrices, none on biases, norms and the mask token (all of them 1-D)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
+            dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
 
 
 def sum_over_ranks(x):
@@ -2053,83 +1733,71 @@ def sum_over_ranks(x):
     return x
 
 
-def mean_over_ranks(x):
-    """Mean of a floating-point tensor over the ranks, in place."""
-    return sum_over_ranks(x).div_(world_size())
+class Meter:
+    """Counts and mean values of the steps since the last log line. They stay on the device until `read`."""
+
+    MAX_SKIPPED = 20  # steps in a row; fp16 skips up to about 16 at the start while it looks for its scale
+
+    def __init__(self, names, device, step=0):
+        self.names, self.device, self.step, self.began = names, device, step, time.perf_counter()
+        self.sums = torch.zeros(len(names) + 3, dtype=torch.float64, device=device)
+        self.in_a_row = torch.zeros((), device=device)
+        self.counts = dict(bad_clips=0, skipped_steps=0)  # of the whole run
+
+    def add(self, values, grad_norm, replaced):
+        """Adds a step's values (float scalars, one per name), unless it was skipped, and counts its replaced clips."""
+        skipped = ~grad_norm.isfinite()
+        values = torch.stack([*values, torch.ones_like(grad_norm)]).where(~skipped, 0)
+        self.sums += torch.cat([values, torch.stack([skipped, replaced.sum()])])
+        self.in_a_row = (self.in_a_row + 1) * skipped
+
+    def read(self, step, clips):
+        """A log line's record: means over steps and ranks, speed, counts; starts anew. Waits for the device.
+
+        `clips` is their number per step. Raises CMAEVError where the last MAX_SKIPPED steps were all skipped.
+        """
+        *sums, taken, skipped, replaced = sum_over_ranks(self.sums).tolist()
+        if self.in_a_row >= self.MAX_SKIPPED:
+            raise CMAEVError(f"step {step}: {int(self.in_a_row)} steps in a row had a loss or a gradient that is not "
+                             "finite and were skipped: give a lower --lr, or --amp none")
+        now = time.perf_counter()
+        seconds, steps = now - self.began, step - self.step
+        self.step, self.began = step, now
+        self.sums.zero_()
+        self.counts["bad_clips"] += round(replaced)
+        self.counts["skipped_steps"] += round(skipped / world_size())
+        means = {name: x / max(taken, 1) for name, x in zip(self.names, sums)}
+        return dict(step=step) | means | self.counts | dict(
+            seconds=seconds, step_ms=1000 * seconds / steps, clips_per_s=steps * clips / seconds,
+            memory_mib=peak_memory(self.device))
+
+    def state_dict(self):
+        return self.counts
+
+    def load_state_dict(self, counts):
+        self.counts = dict(counts)
 
 
-def gathered(mine):
-    """The lists of all ranks, one after the other."""
-    parts = [mine]
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, mine)
-    return [item for part in parts for item in part]
+def check_bad_share(bad, clips, per_epoch, limit, log):
+    """Raises CMAEVError where more than `limit` of the clips, or of one epoch's if that is more, were of bad videos."""
+    if bad > limit * max(clips, per_epoch):
+        raise CMAEVError(f"{bad} of {clips} clips were of bad videos, which {log} names: take them off the list, or "
+                         "give a larger --bad-share")
 
 
-@torch.no_grad()
-def over_videos(function, clips, batch, workers, device):
-    """function(float clips [n, 3, T, H, W]) -> [n, C] on all views of all videos, mean over a video's views -> [M, C].
-
-    Rank r takes the videos r, r + world, ...: each video once. A video that cannot be read is named, and its row NaN.
-    """
-    mine = []
-    for sample in loader(clips, workers, device, batch_size=batch, sampler=share_of_rank(clips)):
-        views = sample["clip"].to(device, non_blocking=True)
-        results = function(normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1).cpu()
-        results[sample["replaced"][:, 0]] = math.nan
-        mine += zip(sample["index"][:, 0].tolist(), results)
-    found = dict(gathered(mine))
-    return torch.stack([found[i] for i in range(len(clips))])
-
-
-@torch.no_grad()
-def held_out_reconstruction(model, clips, batch, workers, device):
-    """Mean reconstruction loss (equation 7) over the first epoch of PretrainClips that nothing is trained on."""
-    total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the clips' losses, and how many
-    for sample in loader(clips, workers, device, batch_size=batch, sampler=share_of_rank(clips)):
-        clip = normalize(sample["online"].flatten(0, 1).to(device, non_blocking=True))
-        mask = sample["mask"].flatten(0, 1)
-
-        prediction = model.decoder(model.encoder(clip, mask), mask)
-        loss = reconstruction_loss(prediction, clip, mask, model.encoder.grid)
-        total += torch.stack([loss * len(clip), loss.new_tensor(len(clip))])
-    mean_over_ranks(total)
-    return float(total[0] / total[1])
-
-
-def report(scores, videos, names, folder):
-    """Scores [M, classes] of labelled videos -> top-1 and top-5 in per cent of all of them; a row of NaN, a video that
-    could not be read, counts as wrong. Writes to the folder:
-
-    predictions.csv (path, label, the five best classes with their probabilities), per-class.json (accuracy of each
-    class in per cent), confusion.png (a row a true class, a column a predicted one, white = all of the row).
-    """
-    labels, read = torch.tensor([label for _, label in videos]), ~scores.isnan().any(dim=1)
-    best = scores.topk(min(5, scores.shape[1]), dim=1)
-    hits = (best.indices == labels[:, None]) & read[:, None]
-    Path(folder).mkdir(exist_ok=True)
-    with whole_file(f"{folder}/predictions.csv", "w") as file:
-        rows = csv.writer(file)
-        rows.writerow(["path", "label", *(f"{what}{i + 1}" for i in range(hits.shape[1]) for what in ("class", "p"))])
-        for (path, label), numbers, values in zip(videos, best.indices.tolist(), best.values.tolist()):
-            rows.writerow([path, names[label], *(v for n, p in zip(numbers, values) for v in (
-                ("unreadable", "") if math.isnan(p) else (names[n], f"{p:.4f}")))])
-    confusion = torch.zeros(len(names), len(names)).index_put_((labels, best.indices[:, 0]), read.float(), True)
-    confusion = confusion / labels.bincount(minlength=len(names))[:, None].clamp(min=1)
-    with whole_file(f"{folder}/per-class.json", "w") as file:
-        json.dump({names[i]: round(100 * float(confusion[i, i]), 2) for i in labels.unique().tolist()}, file, indent=1)
-    pixels = -(-400 // len(names))
-    picture = (confusion * 255).round().byte().repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
-    write_png(picture[None], f"{folder}/confusion.png")
-    return 100 * float(hits[:, 0].float().mean()), 100 * float(hits.any(dim=1).float().mean())
+def peak_memory(device):
+    """Peak MiB of the device's allocated memory; on a CPU of the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20 if resource else math.nan
 
 
 @contextlib.contextmanager
-def whole_file(path, mode):
+def atomic_write(path, mode="w"):
     """A file to write that is there whole or not at all: it has another name until it is closed.
 
-    Raises CMAEVError where it cannot be written, because the disk is full, say; what was there before is kept.
+    Raises CMAEVError where it cannot be written, on a full disk for example. The file before is then kept.
     """
     try:
         text = {} if "b" in mode else dict(encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
@@ -2142,58 +1810,47 @@ def whole_file(path, mode):
         Path(f"{path}.partial").unlink(missing_ok=True)
         for cause in (error, error.__context__):  # torch.save hides the reason behind an error of its own
             if isinstance(cause, OSError):
-                raise CMAEVError(f"{path} cannot be written ({cause.strerror}): what was there is kept") from None
+                raise CMAEVError(f"{path} cannot be written ({cause.strerror}): the file before is kept") from None
         raise
 
 
 def git_commit():
-    """The commit that this file is of, marked where it was changed since; None outside a checkout."""
-    try:
+    """The commit of this file, marked where it was changed since; None outside a checkout."""
+    with contextlib.suppress(OSError):  # git is not installed
         git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
                              capture_output=True, text=True)
         return git.stdout.strip() or None
-    except OSError:  # git is not installed
-        return None
 
 
-def device_name(device):
-    """The GPU's name, or the processor's."""
-    return torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+def open_run(folder, settings, free, videos, **about):
+    """Starts a run's folder, or checks that it holds this run; locks it until the process ends.
 
-
-def open_run(folder, settings, free, device, videos):
-    """Starts a run's folder, or checks that it is this run's -> its last checkpoint, or None.
-
-    settings.json keeps the settings, the videos' number and hash, the commit and the versions. Settings in `free`
-    change no weights and may differ. Raises CMAEVError, naming them, where others do, or where the videos differ.
+    settings.json keeps the settings, the videos' number and hash, commit, versions and `about`. Settings in `free` may
+    differ. Raises CMAEVError where others differ from those of the folder's checkpoint, or the videos do.
     """
-    folder, settings = Path(folder), vars(settings)
-    record, checkpoint = folder / "settings.json", folder / "checkpoint.pt"
+    record, settings = Path(folder) / "settings.json", vars(settings)
     listed = [len(videos), hashlib.sha256(json.dumps(videos).encode()).hexdigest()[:16]]
-    if record.exists() and checkpoint.exists():
-        about = json.loads(record.read_text())
-        old = about["settings"]
-        other = [f"{name} {old.get(name)} -> {value}" for name, value in settings.items()
-                 if name not in free and old.get(name, value) != value]
-        if other:
-            longer = "; --epochs sets the learning-rate schedule, so that another number of epochs needs a new run"
-            raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(other)}): give the old ones to "
-                             f"go on, or another --out{longer if old.get('epochs') != settings['epochs'] else ''}")
-        if about["videos"] != listed:
-            raise CMAEVError(f"{settings['data']} has changed since {folder} began ({about['videos'][0]} videos then, "
+    if record.exists() and (Path(folder) / "checkpoint.pt").exists():
+        old = json.loads(record.read_text())
+        changed = [f"{name} {old['settings'].get(name)} -> {value}" for name, value in settings.items()
+                   if name not in free and old["settings"].get(name, value) != value]
+        if changed:
+            raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(changed)}): give the old ones to "
+                             "continue it, or another --out. The learning rate depends on --epochs, so that another "
+                             "number of epochs needs a new run")
+        if old["videos"] != listed:
+            raise CMAEVError(f"{settings['data']} has changed since {folder} began ({old['videos'][0]} videos then, "
                              f"{listed[0]} now): restore it, or give another --out")
-    versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
     if this_rank() == 0:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CMAEVError(f"--out {folder} cannot be made ({error.strerror}): give another folder") from None
         lock_run(folder)
-        about = dict(settings=settings, videos=listed, commit=git_commit(), device=device_name(device),
-                     world_size=world_size(), python=platform.python_version(), **versions)
-        with whole_file(record, "w") as file:
-            json.dump(about, file, indent=1)
-    return read_checkpoint(checkpoint)
+        versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
+        with atomic_write(record) as file:
+            json.dump(dict(settings=settings, videos=listed, commit=git_commit(), world_size=world_size(),
+                           python=platform.python_version(), **versions, **about), file, indent=1)
 
 
 LOCKS = []  # open files of the folders that this process trains in
@@ -2203,7 +1860,7 @@ def lock_run(folder):
     """Locks a run's folder until this process ends, however it ends. Raises CMAEVError where another one holds it."""
     if fcntl is None:
         return
-    LOCKS.append(open(folder / "lock", "a"))
+    LOCKS.append(open(Path(folder) / "lock", "a"))
     try:
         fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -2213,91 +1870,60 @@ def lock_run(folder):
 
 
 def unlock_runs():
-    """Gives up the locks of this process; in a decoding process, its copies of the trainer's."""
+    """Gives up this process's locks; in a worker, its copies of the trainer's."""
     while LOCKS:
         LOCKS.pop().close()
 
 
+def save_checkpoint(run, step, state):
+    """Writes run/checkpoint.pt on rank 0; `state` is {name: object with a state dict}."""
+    if this_rank() == 0:
+        with atomic_write(f"{run}/checkpoint.pt", "wb") as file:
+            torch.save(dict(step=step, **{name: part.state_dict() for name, part in state.items()}), file)
+
+
+def resume(run, state):
+    """Loads run/checkpoint.pt into the objects of `state` -> the step to continue from, 0 without a checkpoint.
+
+    Cuts off what a killed run logged after its checkpoint. Raises CMAEVError for a damaged file or another model's.
+    """
+    path, step = Path(run) / "checkpoint.pt", 0
+    if path.exists():
+        checkpoint = read_checkpoint(path)
+        load_weights(state["model"], checkpoint["model"], path)
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        step = checkpoint["step"]
+    if this_rank() == 0:
+        log = Path(run) / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        with atomic_write(log) as file:
+            file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+    return step
+
+
 def read_checkpoint(path):
-    """A run's checkpoint.pt -> its dict, or None where there is none. Raises CMAEVError for a damaged one."""
-    if not path.exists():
-        return None
+    """A run's checkpoint.pt -> dict. Raises CMAEVError for a damaged one."""
     try:
         return load_tensors(path)
     except Exception as error:
         raise CMAEVError(f"{path} cannot be read ({type(error).__name__}): restore it or delete it") from None
 
 
-def start_log(path, step):
-    """Takes back what a killed run logged after its last checkpoint: keeps the whole lines of steps up to `step`."""
-    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).exists() else []
-    with whole_file(path, "w") as file:
-        file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-
-
-def add_line(path, record):
-    """Appends a dict to a file of JSON lines."""
-    with open(path, "a") as file:
-        print(json.dumps(record), file=file)
+def write_log(run, record, steps, text):
+    """Adds a record to run/log.jsonl and prints it, on rank 0; `text` is the losses' part of the line."""
+    if this_rank() == 0:
+        with open(f"{run}/log.jsonl", "a") as file:
+            print(json.dumps(record), file=file)
+        left = timedelta(seconds=round(record["step_ms"] * (steps - record["step"]) / 1000))
+        print("step {step}/{steps}  epoch {epoch:.2f}  {text}  lr {lr:.1e}  grad {grad_norm:.2f}  {clips_per_s:.1f} "
+              "clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(
+                  steps=steps, text=text, left=left, **record), flush=True)
 
 
 def read_log(run):
-    """The lines of a run's log -> list of dicts."""
+    """A run's log -> list of dicts, one per line."""
     return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-
-
-def last_losses(run):
-    """What a run's log says of its last step -> dict."""
-    lines = read_log(run)
-    return {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
-
-
-def has_result(path, flags):
-    """Whether a file of --results has a line with these flags."""
-    path = Path(path)
-    return path.exists() and any(json.loads(line)["flags"] == flags for line in path.read_text().splitlines())
-
-
-def add_result(path, flags, measured):
-    """Adds what a script measured, and with which flags, to a file of --results, once."""
-    if not has_result(path, flags):
-        add_line(path, dict(flags=flags, **measured, torch=torch.__version__, ranks=world_size()))
-
-
-def peak_memory(device):
-    """MiB of device memory allocated at most so far; of the process's resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20 if resource else math.nan
-
-
-def matrix_rate(device, dtype, repeats=10):
-    """TFLOP/s of a large square matrix product on this device, in `dtype` or float32 (None): the median of several."""
-    side, seconds = 8192 if device.type == "cuda" else 2048, []
-    a = torch.randn(side, side, device=device).to(dtype or torch.float32)
-    for _ in range(repeats + 2):
-        began = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / np.median(seconds[2:]) / 1e12
-
-
-def clip_flops(model, mask_ratio):
-    """Floating-point operations of one pre-training step, per clip, counted by torch (multiply-add = 2).
-
-    The online side counts three times, backward being two forwards; the heads, under 0.1 %, are left out.
-    """
-    encoder, decoder = deepcopy(model.encoder).to("meta"), deepcopy(model.decoder).to("meta")
-    clip = torch.empty(1, 3, *(n * side for n, side in zip(encoder.grid, encoder.cube)), device="meta")
-    mask = tube_mask(1, encoder.grid, mask_ratio)
-    with FlopCounterMode(display=False) as online, torch.no_grad():
-        decoder(encoder(clip, mask), mask)
-    with FlopCounterMode(display=False) as target, torch.no_grad():
-        encoder(clip)
-    return 3 * online.get_total_flops() + (target.get_total_flops() if model.contrast_weight else 0)
 
 
 # =====================================================================================================================

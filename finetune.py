@@ -1,293 +1,586 @@
-"""Fine-tunes, tests, probes and asks an action recogniser on top of a pre-trained encoder.
+"""Fine-tunes a pre-trained encoder for action recognition; evaluates, probes and runs the classifier.
 
     python finetune.py                                                   the demo, from the run of `python pretrain.py`
     python finetune.py --probe linear                                    frozen features; or --probe knn
-    python finetune.py --eval --segments 5 --crops 3                     tests what was fine-tuned
-    python finetune.py --predict clip.mp4                                its five best classes
+    python finetune.py --eval --segments 5 --crops 3                     evaluates the run in --out
+    python finetune.py --predict clip.mp4                                the five best classes of a video
     torchrun --nproc_per_node=8 finetune.py --recipe k400 --data train.txt --val val.txt --init encoder.pt
 
-The same command run again goes on from the last checkpoint. `python finetune.py --help` lists the settings.
+The same command run again continues from the last checkpoint. --help lists the settings of a recipe.
 """
 
+import argparse
+import csv
+import json
+import math
 import os
 import signal
-import time
-from contextlib import nullcontext
-from datetime import timedelta
+import sys
 from pathlib import Path
 
-import cmaev  # before torch: it says how OpenMP's threads wait
+import cmaev  # before torch: it sets how OpenMP's threads wait
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
-# One value, or one a recipe: demo, K400, SSv2. Where they come from: README, "Settings".
-SETTINGS = {
-    "data": (("data/demo/train.txt", "", ""), "to train on: list file (`path label` a line) or class folders"),
-    "val": (("data/demo/val.txt", "", ""), "the same, to test on; without it a tenth of --data is held out"),
-    "out": (("runs/finetune-demo", "runs/finetune-k400", "runs/finetune-ssv2"), "the run's folder"),
-    "init": (("runs/pretrain-demo", "runs/pretrain-k400", "runs/pretrain-ssv2"),
-             "weights: a run of pretrain.py, a file of this project, VideoMAE or Hugging Face, or none"),
-    "subset": (0, "only the first N videos of a seeded shuffle of the training list; 0: all"),
-    # what to do
-    "probe": ("", "instead of fine-tuning: linear or knn, on frozen features"),
-    "eval": (False, "only test the checkpoint in --out, with the settings of its run; writes to out/eval"),
-    "predict": ([], "only print the five best classes of these videos by the checkpoint in --out (-- -x.mp4)"),
-    # the model
-    "encoder": (("vit_tiny", "vit_base", "vit_base"), ", ".join(cmaev.ENCODERS)),
-    "frames": ((8, 16, 16), "frames a clip"),
-    "size": ((48, 224, 224), "height and width of a clip, pixels"),
-    "tubelet": (2, "frames a token"),
-    "patch": ((8, 16, 16), "height and width of a token, pixels"),
-    # the clips
-    "sampling": (("dense", "dense", "uniform"), "dense: every rate-th frame; uniform: one frame from each segment"),
-    "rate": ((4, 4, 2), "sampling rate r of dense sampling"),
-    "bad-share": (0.05, "largest share of clips whose video cannot be read; another video takes its place"),
-    "repeats": ((1, 2, 2), "clips out of each opened video: a step has batch-size times so many clips"),
-    "smallest-crop": ((0.5, 0.08, 0.08), "smallest area of a random crop, as a share of the frame"),
-    "flip": ((False, True, False), "horizontal flips; SSv2 has left and right as labels"),
-    "rand-augment": ((False, True, True), "RandAugment, four operations of strength 7"),
-    "erasing": ((0.0, 0.25, 0.25), "probability of random erasing"),
-    "mixup": ((0.0, 0.8, 0.8), "alpha; 0: none"),
-    "cutmix": ((0.0, 1.0, 1.0), "alpha; 0: none; with mixup, one of the two a step"),
-    "segments": ((1, 5, 2), "test clips a video, over time"),
-    "crops": ((1, 3, 3), "test crops a clip, over space"),
-    # optimisation
-    "epochs": ((20, 75, 50), "passes over the videos"),
-    "warmup-epochs": ((2, 5, 5), "epochs of linear warm-up"),
-    "batch-size": ((16, 384, 512), "videos a step, over all ranks; the learning-rate rule goes by it, without repeats"),
-    "lr": ((1.6e-2, 5e-4, 5e-4), "base learning rate, times batch size / 256"),
-    "warmup-lr": (1e-6, "where the warm-up starts, times batch size / 256"),
-    "min-lr": (1e-6, "where the cosine ends, times batch size / 256"),
-    "layer-decay": (0.75, "factor of the learning rate from each layer to the one before it"),
-    "beta1": (0.9, "AdamW"),
-    "beta2": (0.999, "AdamW"),
-    "weight-decay": (0.05, "AdamW; not on biases and norms"),
-    "drop-path": (0.1, "rate at which a clip skips a residual branch, growing linearly up to this in the last block"),
-    "smoothing": (0.1, "label smoothing"),
-    "clip-grad": (0.0, "largest gradient norm; 0: unlimited"),
-    "seed": (0, "of the head, the order and the samples"),
-    "amp": ("auto", "auto, bf16, fp16 or none (float32); auto: what the device is fast at"),
-    # the machine and the output: free to change between two starts of a run
-    "compile": (False, "torch.compile"),
-    "workers": (-1, "decoding processes a rank; -1: one a core beside a GPU, at most 16, and 2 on a CPU; 0: none"),
-    "log-every": ((25, 20, 20), "steps a log line"),
-    "save-every": ((100, 1000, 1000), "steps a checkpoint"),
-    "results": ("", "file that a test or probe adds a line of JSON to, once: its flags, its accuracy"),
+# What differs from the defaults of the flags below, which are K400's
+RECIPES = {
+    "demo": dict(data="data/demo/train.txt", val="data/demo/val.txt", out="runs/finetune-demo",
+                 init="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=48, patch=8, repeats=1,
+                 smallest_crop=0.5, flip=False, rand_augment=False, erasing=0.0, mixup=0.0, cutmix=0.0, segments=1,
+                 crops=1, epochs=20, warmup_epochs=2, batch_size=16, lr=1.6e-2, log_every=25, save_every=100),
+    "k400": dict(out="runs/finetune-k400", init="runs/pretrain-k400"),
+    "ssv2": dict(out="runs/finetune-ssv2", init="runs/pretrain-ssv2", sampling="uniform", rate=2, flip=False,
+                 segments=2, epochs=50, batch_size=512),
 }
-FREE = cmaev.MACHINE | {"bad_share", "eval", "predict", "segments", "crops", "val"}
+MACHINE = {"compile", "workers", "log_every", "save_every"}
+FREE = MACHINE | {"bad_share", "eval", "predict", "segments", "crops", "val"}  # may change in a run
+
+
+# =====================================================================================================================
+# Labelled clips
+# =====================================================================================================================
+
+
+def read_labelled(path, flag):
+    """read_list for labelled videos -> [(path, label)]. Raises CMAEVError for an empty path or a missing label."""
+    if not path:
+        raise cmaev.CMAEVError(f"--{flag} is not given: name a list (`path label` per line) or a folder of class folders")
+    videos = cmaev.read_list(path)
+    for video, label in videos:
+        if label is None or label < 0:
+            what = "no label" if label is None else f"label {label}"
+            raise cmaev.CMAEVError(f"{path}: {video} has {what}: give 0, 1, 2, ..., or a folder per class")
+    return videos
+
+
+def class_folder(video, root):
+    """The class folder of a video of read_list(root): the first folder below the root."""
+    return os.path.relpath(video, root).split(os.sep)[0]
+
+
+def class_names(videos, source=""):
+    """The names of classes 0, 1, ... of the labelled videos of a list or folder `source`.
+
+    A name is the class folder or, in a list, the folder that holds the videos, if each class has its own; else the
+    label. Raises CMAEVError for a class between 0 and the largest that has no video.
+    """
+    folders = {}
+    for path, label in videos:
+        folder = class_folder(path, source) if os.path.isdir(source) else Path(path).parent.name
+        folders.setdefault(label, set()).add(folder)
+    if missing := sorted(set(range(max(folders))) - folders.keys()):
+        raise cmaev.CMAEVError(f"class {missing[0]} of 0 to {max(folders)} has no video in the list: add one or renumber")
+    own = len(set.union(*folders.values())) == len(folders) and all(len(names) == 1 for names in folders.values())
+    return [folders[label].pop() if own else str(label) for label in range(len(folders))]
+
+
+def read_test_videos(path, names, by_name):
+    """The labelled videos of --val under the training classes `names` -> [(path, label)].
+
+    Class folders are matched by name. The labels of a list count as they are; but where training had class folders
+    (`by_name`), a label that contradicts the class folder in its path is an error.
+    Raises CMAEVError for a class or label that training did not have.
+    """
+    videos, number = read_labelled(path, "val"), {name: i for i, name in enumerate(names)}
+    if os.path.isdir(path):
+        folders = [class_folder(video, path) for video, _ in videos]
+        if unknown := sorted(set(folders) - set(names)):
+            raise cmaev.CMAEVError(f"{path}: class folders {', '.join(unknown)} are none of the training classes "
+                                   f"{', '.join(names)}: rename or remove them")
+        return [(video, number[folder]) for (video, _), folder in zip(videos, folders)]
+    for video, label in videos:
+        if label >= len(names):
+            raise cmaev.CMAEVError(f"{path}: {video} has label {label}: give 0 to {len(names) - 1}, the classes of the "
+                                   "training list")
+        below = os.path.relpath(video, os.path.dirname(path)).split(os.sep)[-2::-1]  # folders, from the video upwards
+        named = next((folder for folder in below if folder in number), names[label])
+        if by_name and named != names[label]:
+            raise cmaev.CMAEVError(f"{path}: {video} has label {label}, which is {names[label]} in training, but its "
+                                   f"folder is {named}: number the classes as in training, or give a folder for --val")
+    return videos
+
+
+def hold_out(videos, seed):
+    """A seeded tenth of each class, at least one of two videos -> (videos to train on, videos to test on)."""
+    with cmaev.seeded(seed) as generator:
+        order = torch.randperm(len(videos), generator=generator).tolist()
+    tests = set()
+    for label in {label for _, label in videos}:
+        members = [i for i in order if videos[i][1] == label]
+        tests.update(members[:max(round(len(members) / 10), int(len(members) > 1))])
+    return [v for i, v in enumerate(videos) if i not in tests], [videos[i] for i in sorted(tests)]
+
+
+def dense_indices(num_frames, frames, rate, start):
+    """`frames` frames at a stride of exactly `rate`; `start` in [0, 1] places the clip -> int64 [frames].
+
+    The last frame of a video shorter than the clip repeats [VideoMAE].
+    """
+    free = max(num_frames - 1 - (frames - 1) * rate, 0)
+    return (math.floor(start * free + 0.5) + rate * torch.arange(frames)).clamp(max=num_frames - 1)
+
+
+def uniform_indices(num_frames, frames, offset):
+    """One frame from each of `frames` equal segments [TSN]; `offset` in [0, 1), one or [frames], places it inside."""
+    return ((torch.arange(frames) + offset) * num_frames / frames).long().clamp(max=num_frames - 1)
+
+
+class LabelledClips(Dataset):
+    """Labelled clips for fine-tuning and testing. Sample (epoch, index) is a pure function of (seed, epoch, index).
+
+    `sampling` is "dense" (a stride of `rate`, K400) or "uniform" (one frame per segment, SSv2). For training, `augment`
+    is a transform of uint8 [T, 3, H, W] and `repeats` clips come out of one opened video [repeated sampling]. Without
+    it, the clips are the test views: segments x crops, crops along the long side. dataset[epoch, index], V clips:
+        clip      uint8 [V, T, 3, S, S]
+        label     int64 [V]
+        index     int64 [V]
+        replaced  bool [V]   whether the video is bad and its clips are another video's, in testing black ones
+    """
+
+    def __init__(self, videos, frames, rate, size, sampling, augment=None, repeats=1, segments=1, crops=1, seed=0,
+                 log=None):
+        self.videos, self.frames, self.rate, self.size, self.sampling = videos, frames, rate, size, sampling
+        self.augment, self.repeats, self.segments, self.crops, self.seed = augment, repeats, segments, crops, seed
+        self.log = log
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, key):
+        if self.augment:
+            sample, replaced = cmaev.replaced_if_bad(self.sample, self.videos, self.seed, key, self.log)
+        else:
+            sample, replaced = self.sample_or_black(*cmaev.epoch_and_index(key, self.videos))
+        return sample | {"replaced": torch.full_like(sample["label"], replaced, dtype=torch.bool)}
+
+    def sample(self, index, *key):
+        path, label = self.videos[index]
+        video = cmaev.Video(path)
+        with cmaev.bad_video(path, "cropped and resized"), cmaev.seeded(self.seed, *key):
+            places = self.random_places() if self.augment else self.even_places()
+            indices = torch.stack([self.indices(len(video), place) for place in places])
+            clips = video.read(indices.flatten()).unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
+            to_views = (lambda clip: [self.augment(clip)]) if self.augment else self.test_crops
+            clips = [view for clip in clips for view in to_views(clip)]
+        return self.labelled(torch.stack(clips), label, index)
+
+    def sample_or_black(self, epoch, index):
+        try:
+            return self.sample(index, epoch, index), False
+        except cmaev.BadVideo as error:
+            (path, label), views = self.videos[index], self.segments * self.crops
+            cmaev.name_bad_video(path, cmaev.last_line(error), self.log)
+            black = torch.zeros(views, self.frames, 3, self.size, self.size, dtype=torch.uint8)
+            return self.labelled(black, label, index), True
+
+    def labelled(self, clips, label, index):
+        return {"clip": clips, "label": torch.full((len(clips),), -1 if label is None else label),
+                "index": torch.full((len(clips),), index)}
+
+    def indices(self, num_frames, place):
+        if self.sampling == "dense":
+            return dense_indices(num_frames, self.frames, self.rate, place)
+        return uniform_indices(num_frames, self.frames, place)
+
+    def random_places(self):
+        return [torch.rand(self.frames) if self.sampling == "uniform" else float(torch.rand(()))
+                for _ in range(self.repeats)]
+
+    def even_places(self):
+        """Dense clips from the start to the end of a video, one in its middle; uniform ones evenly inside segments."""
+        if self.sampling == "dense" and self.segments > 1:
+            return [k / (self.segments - 1) for k in range(self.segments)]
+        return [(k + 0.5) / self.segments for k in range(self.segments)]
+
+    def test_crops(self, clip):
+        """Short side to S, then crops of S x S evenly along the long side, one in its middle: [T, 3, H, W] -> list."""
+        clip = v2.functional.resize(clip, [self.size], antialias=True)
+        room = [side - self.size for side in clip.shape[2:]]
+        places = [k / (self.crops - 1) for k in range(self.crops)] if self.crops > 1 else [0.5]
+        corners = [[math.floor(place * free + 0.5) for free in room] for place in places]
+        return [clip[..., top:top + self.size, left:left + self.size] for top, left in corners]
+
+
+def training_augmentation(size, smallest_crop, flip, rand_augment, erasing):
+    """VideoMAE's augmentation for fine-tuning by torchvision, one draw per clip: uint8 [T, 3, H, W] -> [T, 3, S, S].
+
+    timm's rand-m7-n4-mstd0.5-inc1 skips each operation half of the time and varies its strength; torchvision always
+    applies all four at strength 7 of 10. timm erases with noise; torchvision erases with the mean colour.
+    """
+    operations = v2.RandAugment(num_ops=4, magnitude=7, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR,
+                                fill=[round(255 * m) for m in cmaev.MEAN])
+    return v2.Compose([
+        operations if rand_augment else nn.Identity(),
+        v2.RandomResizedCrop(size, scale=(smallest_crop, 1), ratio=(3 / 4, 4 / 3), antialias=True),
+        v2.RandomHorizontalFlip(0.5 if flip else 0.0),
+        v2.RandomErasing(erasing, value=[round(255 * m) for m in cmaev.MEAN]),
+    ])
+
+
+def mixing(mixup, cutmix, classes):
+    """Mixup and cutmix with these alphas (0: without), one of the two per step, by torchvision -> a function
+
+    of clips [B, ..., H, W] and labels int64 [B] -> mixed clips, soft labels [B, classes]. One share per batch, as timm's
+    default.
+    """
+    chosen = [transform(alpha=alpha, num_classes=classes)
+              for transform, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
+    if not chosen:
+        return lambda clips, labels: (clips, labels)
+    either = v2.RandomChoice(chosen)
+
+    def mix(clips, labels):
+        clips, labels = either(tv_tensors.Video(clips), labels)
+        return clips.as_subclass(torch.Tensor), labels
+    return mix
+
+
+# =====================================================================================================================
+# Classifier and probes
+# =====================================================================================================================
+
+
+class Classifier(nn.Module):
+    """Mean of all tokens, LayerNorm, linear head [VideoMAE]: clip [B, 3, T, H, W] -> logits [B, classes].
+
+    The norm of the mean takes the place of the encoder's own.
+    """
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.encoder = encoder
+        self.encoder.norm = nn.Identity()
+        self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6)
+        self.head = nn.Linear(encoder.width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)  # init_scale .001 [VideoMAE]
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, clip):
+        return self.head(self.fc_norm(self.encoder(clip).mean(dim=1)))
+
+
+def layer_groups(model, weight_decay, layer_decay):
+    """AdamW's groups of a Classifier [VideoMAE]: each layer's rate is `layer_decay` times the next one's.
+
+    The classifier's own layers have scale 1; of the encoder's L layers (Encoder.layers), layer i has
+    layer_decay^(L - i). A group carries its factor as "scale"; weight decay as in decay_groups.
+    """
+    layers = [*model.encoder.layers(), nn.ModuleList([model.fc_norm, model.head])]
+    return [group | dict(scale=layer_decay ** (len(layers) - 1 - i))
+            for i, layer in enumerate(layers) for group in cmaev.decay_groups(layer, weight_decay)]
+
+
+def linear_probe(train, labels, test, classes, steps=500):
+    """Linear classifier on frozen features, after a batch norm without affine [MAE] -> scores of `test` [M, classes].
+
+    train [n, D], labels int64 [n], test [M, D]. Whole-batch AdamW under a cosine: no augmentation, no choice of order.
+    """
+    if len(train) < 2:
+        raise cmaev.CMAEVError("a linear probe needs two or more training videos that can be read")
+    width = train.shape[1]
+    probe = nn.Sequential(nn.BatchNorm1d(width, affine=False, momentum=None), nn.Linear(width, classes))
+    nn.init.zeros_(probe[1].weight)
+    optimizer = torch.optim.AdamW(probe.parameters(), weight_decay=0.01)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = cmaev.learning_rate(step, 0, steps, 0, 0.01, 0)
+        F.cross_entropy(probe(train), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return probe.eval()(test).softmax(dim=1)
+
+
+def nearest_neighbours(train, labels, test, classes, k=20, temperature=0.07):
+    """Weighted k-nearest-neighbour on frozen features [DINO] -> scores of `test` [M, classes].
+
+    Each of the k most similar (cosine) training videos votes for its class with weight exp(similarity / temperature).
+    """
+    similarity, nearest = (F.normalize(test) @ F.normalize(train).T).topk(min(k, len(train)), dim=1)
+    votes = F.one_hot(labels[nearest], classes) * ((similarity - 1) / temperature).exp()[..., None]
+    return votes.sum(dim=1) / votes.sum(dim=(1, 2))[:, None]
+
+
+@torch.no_grad()
+def score_videos(function, clips, batch, workers, device):
+    """function(float clips [n, 3, T, H, W]) -> [n, C] on all views of all videos, mean over a video's views -> [M, C].
+
+    Rank r takes the videos r, r + world, ...: each video once. The row of a video that cannot be read is NaN.
+    """
+    rows = {}
+    for sample in cmaev.loader(clips, workers, device, batch_size=batch, sampler=cmaev.rank_indices(clips)):
+        views = sample["clip"].to(device, non_blocking=True)
+        results = function(cmaev.normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1).cpu()
+        results[sample["replaced"][:, 0]] = math.nan
+        rows |= zip(sample["index"][:, 0].tolist(), results)
+    if cmaev.world_size() > 1:
+        parts = [None] * cmaev.world_size()
+        dist.all_gather_object(parts, rows)
+        rows = {i: row for part in parts for i, row in part.items()}
+    return torch.stack([rows[i] for i in range(len(clips))])
+
+
+def report(scores, videos, names, folder):
+    """Scores [M, classes] of labelled videos -> top-1 and top-5 in per cent; writes the folder's report.
+
+    A row of NaN, a video that cannot be read, counts as wrong. predictions.csv holds path, label and the five best
+    classes with their probabilities; per-class.json holds each class's accuracy in per cent.
+    """
+    labels, read = torch.tensor([label for _, label in videos]), ~scores.isnan().any(dim=1)
+    best = scores.topk(min(5, scores.shape[1]), dim=1)
+    hits = (best.indices == labels[:, None]) & read[:, None]
+    Path(folder).mkdir(exist_ok=True)
+    with cmaev.atomic_write(f"{folder}/predictions.csv") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", *(f"{what}{i + 1}" for i in range(hits.shape[1]) for what in ("class", "p"))])
+        for (path, label), classes, values in zip(videos, best.indices.tolist(), best.values.tolist()):
+            rows.writerow([path, names[label], *(v for n, p in zip(classes, values) for v in (
+                ("unreadable", "") if math.isnan(p) else (names[n], f"{p:.4f}")))])
+    with cmaev.atomic_write(f"{folder}/per-class.json") as file:
+        json.dump({names[i]: round(100 * float(hits[labels == i, 0].float().mean()), 2)
+                   for i in labels.unique().tolist()}, file, indent=1)
+    return 100 * float(hits[:, 0].float().mean()), 100 * float(hits.any(dim=1).float().mean())
+
+
+# =====================================================================================================================
+# The script
+# =====================================================================================================================
+
+
+def read_settings():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=cmaev.Help, allow_abbrev=False)
+    flag = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("what to do").add_argument
+    add("--probe", choices=["", "linear", "knn"], default="", help="instead of fine-tuning: frozen features")
+    add("--eval", action=flag, default=False, help="only evaluate the run in --out; writes to out/eval")
+    add("--predict", nargs="*", metavar="FILE", help="only print the five best classes of these videos; -- -x.mp4")
+
+    add = parser.add_argument_group("videos and weights").add_argument
+    add("--data", default="", help="to train on: list file (`path label` per line) or folder of class folders")
+    add("--val", default="", help="the same, to test on; without it a tenth of --data is held out")
+    add("--out", help="the run's folder")
+    add("--init", help="weights: a run of pretrain.py, a file of this project, VideoMAE or Hugging Face, or none")
+    add("--subset", type=cmaev.WHOLE, default=0, help="only the first N training videos of a seeded shuffle")
+    add("--bad-share", type=cmaev.SHARE, default=0.05, help="largest share of clips whose video cannot be read")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--encoder", default="vit_base", help=", ".join(cmaev.ENCODERS))
+    add("--fusion", action=flag, default=True, help="ConvViT: multi-scale fusion, for probes alone")
+    add("--frames", type=cmaev.COUNT, default=16, help="frames per clip")
+    add("--size", type=cmaev.COUNT, default=224, help="height and width of a clip in pixels")
+    add("--tubelet", type=cmaev.COUNT, default=2, help="frames per token")
+    add("--patch", type=cmaev.COUNT, default=16, help="height and width of a token in pixels")
+    add("--drop-path", type=cmaev.number(float, "[0, 1)"), default=0.1, help="stochastic depth of the last block")
+
+    add = parser.add_argument_group("clips").add_argument
+    add("--sampling", choices=["dense", "uniform"], default="dense", help="every rate-th frame, or one per segment")
+    add("--rate", type=cmaev.COUNT, default=4, help="sampling rate r of dense sampling")
+    add("--repeats", type=cmaev.COUNT, default=2, help="clips per opened video, beside the batch size")
+    add("--smallest-crop", type=cmaev.number(float, "(0, 1]"), default=0.08, help="as a share of the frame's area")
+    add("--flip", action=flag, default=True, help="horizontal flips; SSv2 has left and right as labels")
+    add("--rand-augment", action=flag, default=True, help="RandAugment, four operations of strength 7")
+    add("--erasing", type=cmaev.SHARE, default=0.25, help="probability of random erasing")
+    add("--mixup", type=cmaev.NOT_NEGATIVE, default=0.8, help="alpha; 0: none")
+    add("--cutmix", type=cmaev.NOT_NEGATIVE, default=1.0, help="alpha; 0: none; with mixup, one of the two per step")
+    add("--segments", type=cmaev.COUNT, default=5, help="test clips per video, over time")
+    add("--crops", type=cmaev.COUNT, default=3, help="test crops per clip, over space")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=cmaev.COUNT, default=75, help="passes over the videos")
+    add("--warmup-epochs", type=cmaev.WHOLE, default=5, help="epochs of linear warm-up")
+    add("--batch-size", type=cmaev.COUNT, default=384, help="videos per step over all ranks; the learning rate's batch")
+    add("--lr", type=cmaev.POSITIVE, default=5e-4, help="base learning rate, times batch size / 256")
+    add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, times batch size / 256")
+    add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="end of the cosine, times batch size / 256")
+    add("--layer-decay", type=cmaev.number(float, "(0, 1]"), default=0.75, help="of the rate from a layer to the one before")
+    add("--beta1", type=cmaev.number(float, "[0, 1)"), default=0.9, help="AdamW")
+    add("--beta2", type=cmaev.number(float, "[0, 1)"), default=0.999, help="AdamW")
+    add("--weight-decay", type=cmaev.NOT_NEGATIVE, default=0.05, help="AdamW; not on biases and norms")
+    add("--smoothing", type=cmaev.number(float, "[0, 1)"), default=0.1, help="label smoothing")
+    add("--clip-grad", type=cmaev.NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: unlimited")
+    add("--seed", type=cmaev.WHOLE, default=0, help="of the head, the order and the samples")
+
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto", help="auto: what the device is fast at")
+    add("--compile", action=flag, default=False, help="torch.compile")
+    add("--workers", type=cmaev.WHOLE, help="decoding processes per rank; on a GPU one per core, at most 16, else 2")
+    add("--log-every", type=cmaev.COUNT, default=20, help="steps per log line")
+    add("--save-every", type=cmaev.COUNT, default=1000, help="steps per checkpoint, saved at the next log line")
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    files = sys.argv[end + 1:]  # after --, names may begin with -
+    s, by_hand = cmaev.parse_settings(parser, RECIPES, sys.argv[1:end])
+    if files and s.predict is None:
+        raise cmaev.CMAEVError(f"{files[0]}: only --predict takes files")
+    if s.predict is not None:
+        s.predict += files
+        if not s.predict:
+            raise cmaev.CMAEVError("--predict: name one or more videos; behind -- where a name begins with -")
+    if s.eval or s.predict:
+        file = Path(s.out) / "settings.json"
+        record = json.loads(file.read_text()) if file.exists() else {}
+        if "names" not in record:
+            raise cmaev.CMAEVError(f"{s.out} holds no run of finetune.py: fine-tune first, or name a run with --out")
+        for name in record["settings"].keys() - by_hand - MACHINE - {"out"}:
+            setattr(s, name, record["settings"][name])
+        return s, record
+    cmaev.check_own_data(by_hand)
+    return s, None
+
+
+def read_classes(s):
+    """--data, --val, --subset -> training videos, test videos, class names, whether the classes are folders."""
+    videos, held_out = read_labelled(s.data, "data"), None
+    if not s.val:
+        videos, held_out = hold_out(videos, s.seed)
+        if not held_out:
+            raise cmaev.CMAEVError(f"{s.data} has one video per class: give --val, videos to test on")
+        cmaev.print0(f"no --val: {len(held_out)} of the {len(videos) + len(held_out)} videos of {s.data}, a tenth of "
+                     f"each class drawn by --seed {s.seed}, are held out to test on")
+    names, class_folders = class_names(videos + (held_out or []), s.data), os.path.isdir(s.data)
+    tests = held_out or read_test_videos(s.val, names, class_folders)
+    videos = cmaev.subset(videos, s.subset, s.seed)
+    cmaev.check_readable(videos)
+    cmaev.check_readable(tests)
+    return videos, tests, names, dict(names=names, held_out=held_out, class_folders=class_folders)
 
 
 def main():
-    s, by_hand = cmaev.read_settings(SETTINGS, __doc__.splitlines()[0])
-    if s.predict or s.eval:
-        cmaev.settings_of_run(s.out, s, by_hand)
-    else:
-        cmaev.check_own_data(by_hand)
-    rank, world, device = cmaev.join_ranks()
-    chief = rank == 0
-    say = print if chief else lambda *_, **__: None
-    run, dtype, flags = Path(s.out), cmaev.amp_dtype(s.amp, device), cmaev.given(s, SETTINGS)
-    if s.results and cmaev.has_result(s.results, flags):
-        return say(f"{s.results} has the line of these flags: nothing to do")
-    keep_result = lambda measured: s.results and chief and cmaev.add_result(s.results, flags, measured)
-    autocast = lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()
-    workers = cmaev.worker_count(s.workers, device)
+    s, record = read_settings()
+    _, world, device = cmaev.join_ranks()
+    run, dtype = Path(s.out), cmaev.amp_dtype(s.amp, device)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
     geometry = dict(frames=s.frames, size=s.size, tubelet=s.tubelet, patch=s.patch)
-    views = lambda videos, segments=s.segments, crops=s.crops: cmaev.LabelledClips(
-        videos, s.frames, s.rate, s.size, s.sampling, segments=segments, crops=crops)
-    softmax = lambda model: lambda clips: model(clips).float().softmax(dim=1)
-    over_videos = lambda function, clips: cmaev.over_videos(
-        function, clips, max(1, s.batch_size // (world * s.segments * s.crops)), workers, device)
+    test_clips = lambda videos: LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, segments=s.segments,
+                                              crops=s.crops)
 
-    def build(names, init):
-        sizes = dict(fusion=False) if s.encoder.startswith("convvit") else {}  # ConvMAE's fine-tuning leaves it out
-        encoder = cmaev.build_encoder(s.encoder, **geometry, **sizes, drop_path=s.drop_path)
-        if init:
-            cmaev.load_encoder(init, encoder)
-        return cmaev.Classifier(encoder, len(names)).to(device)
-
-    def test(model, videos, names, folder):
-        model.eval()
+    def score(function, videos):
         with autocast():
-            scores = over_videos(softmax(model), views(videos))
-        if chief:
-            top1, top5 = cmaev.report(scores, videos, names, folder)
-            keep_result(dict(top1=round(top1, 2), top5=round(top5, 2), videos=len(videos)))
-            print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(videos)} videos, {s.segments} x {s.crops} views, "
+            batch = max(1, s.batch_size // (world * s.segments * s.crops))
+            return score_videos(function, test_clips(videos), batch, s.workers, device)
+
+    def evaluate(model, tests, names, folder):
+        model.eval()
+        scores = score(lambda clips: model(clips).float().softmax(dim=1), tests)
+        if cmaev.this_rank() == 0:
+            top1, top5 = report(scores, tests, names, folder)
+            print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(tests)} videos, {s.segments} x {s.crops} views, "
                   f"{len(names)} classes (chance {100 / len(names):.2f} %); {folder} holds predictions.csv")
 
-    def labelled_videos():
-        videos = cmaev.read_labelled(s.data, "data")
-        if s.val:
-            return videos, None
-        videos, tests = cmaev.hold_out(videos, s.seed)
-        if not tests:
-            raise cmaev.CMAEVError(f"{s.data} has one video per class: give --val, videos to test on")
-        say(f"no --val: {len(tests)} of the {len(videos) + len(tests)} videos of {s.data}, a tenth of each class drawn "
-            f"by --seed {s.seed}, are held out to test on")
-        return videos, tests
+    def build(names):
+        torch.manual_seed(s.seed)
+        encoder = cmaev.build_encoder(s.encoder, fusion=False, **geometry, drop_path=s.drop_path)  # as ConvMAE
+        return Classifier(encoder, len(names)).to(device)
 
-    # asking and testing what is there
-    if s.predict or s.eval:
-        checkpoint = cmaev.read_checkpoint(run / "checkpoint.pt")
-        if checkpoint is None or "names" not in checkpoint:
-            raise cmaev.CMAEVError(f"{run} holds no checkpoint of finetune.py: fine-tune first, or give another --out")
-        names = checkpoint["names"]
-        model = build(names, None)
-        cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
+    if s.eval or s.predict:
+        names, model = record["names"], build(record["names"])
+        cmaev.load_weights(model, cmaev.read_checkpoint(run / "checkpoint.pt")["model"], run / "checkpoint.pt")
         if s.eval:
-            tests = checkpoint.get("held_out")
-            if s.val:
-                tests = cmaev.read_test_videos(s.val, names, checkpoint.get("class_folders", False))
-            return test(model, tests, names, run / "eval")
-        model.eval()
-        with autocast():
-            scores = over_videos(softmax(model), views([(file, None) for file in s.predict]))
-        for file, probabilities in zip(s.predict, scores):
-            if probabilities.isnan().any():
-                continue
-            best = probabilities.topk(min(5, len(names)))
-            say(f"{file}: " + ", ".join(f"{names[i]} {p:.1%}" for p, i in zip(best.values, best.indices)))
-        if scores.isnan().any():
-            raise cmaev.CMAEVError("not all of these files could be read")
-        return
+            tests = read_test_videos(s.val, names, record["class_folders"]) if s.val else record["held_out"]
+            return evaluate(model, tests, names, run / "eval")
+        return predict(model.eval(), s.predict, names, score)
 
-    # the videos
-    videos, tests = labelled_videos()
-    names = cmaev.class_names(videos + (tests or []), s.data)
-    held_out, class_folders = tests, os.path.isdir(s.data)
-    tests = tests or cmaev.read_test_videos(s.val, names, class_folders)
-    if s.subset:
-        with cmaev.seeded(s.seed):
-            videos = [videos[i] for i in torch.randperm(len(videos))[:s.subset]]
-    if not s.probe and (s.batch_size % world or len(videos) < s.batch_size):
-        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: needs a multiple of {world} ranks, and no more than the "
-                               f"{len(videos)} videos of {s.data}")
-    cmaev.check_readable(videos)
-    cmaev.check_readable(tests)
-    init = None if s.init == "none" else s.init
-    torch.manual_seed(s.seed)
-
-    # frozen features
+    videos, tests, names, about = read_classes(s)
     if s.probe:
-        probes = dict(linear=cmaev.linear_probe, knn=cmaev.nearest_neighbours)
-        if s.probe not in probes:
-            raise cmaev.CMAEVError(f"--probe {s.probe}: give linear or knn")
-        if s.encoder.startswith("convvit") and init and "fusion1.weight" not in cmaev.read_weights(init):
-            geometry.update(fusion=False)
-        encoder = cmaev.build_encoder(s.encoder, **geometry)
-        if init:
-            cmaev.load_encoder(init, encoder)
-        encoder.to(device).eval()
-        pooled = lambda clips: cmaev.features(encoder, clips)[1]
-        with autocast():
-            known, unknown = over_videos(pooled, views(videos)), over_videos(pooled, views(tests))
-        labels, read = torch.tensor([label for _, label in videos]), ~known.isnan().any(dim=1)
-        scores = probes[s.probe](known[read], labels[read], unknown.nan_to_num(), len(names))
-        right = scores.argmax(dim=1) == torch.tensor([label for _, label in tests])
-        top1 = 100 * float((right & ~unknown.isnan().any(dim=1)).float().mean())
-        keep_result(dict(top1=round(top1, 2), labels=len(videos), videos=len(tests)))
-        return say(f"{s.probe} probe of {s.init}: top-1 {top1:.2f} % of {len(tests)} videos, {len(videos)} labels "
-                   f"(chance {100 / len(names):.2f} %)")
-
-    # the model
+        return probe(s, geometry, videos, tests, names, score, device)
+    if s.batch_size % world or len(videos) < s.batch_size:
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give a multiple of {world} ranks, and no more than the "
+                               f"{len(videos)} videos of {s.data}")
     if s.batch_size // world < 2 and (s.mixup or s.cutmix):
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: --mixup and --cutmix need two or more videos per rank")
-    model = build(names, init)
-    groups = cmaev.layer_groups(model, s.weight_decay, s.layer_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True)
-    guard = cmaev.Guard(optimizer, dtype, device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # the loss since the last log line, and how many
-    augment = cmaev.training_augmentation(s.size, s.smallest_crop, s.flip, s.rand_augment, s.erasing)
-    bad_log, bad = run / "bad-videos.jsonl", torch.zeros((), dtype=torch.int64, device=device)
-    clips = cmaev.LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, augment, s.repeats, seed=s.seed,
-                                log=bad_log)
-    mix = cmaev.mixing(s.mixup, s.cutmix, len(names))
-    per_epoch = len(videos) // s.batch_size
-    steps, warmup = s.epochs * per_epoch, s.warmup_epochs * per_epoch
+    model = build(names)
+    if s.init != "none":
+        cmaev.load_encoder(s.init, model.encoder)
+    optimizer = torch.optim.AdamW(layer_groups(model, s.weight_decay, s.layer_decay), betas=(s.beta1, s.beta2),
+                                  fused=True)
+    scaler = cmaev.grad_scaler(dtype, device)
+    augment = training_augmentation(s.size, s.smallest_crop, s.flip, s.rand_augment, s.erasing)
+    clips = LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, augment, s.repeats, seed=s.seed,
+                          log=run / "bad-videos.jsonl")
+    mix, per_step, per_epoch = mixing(s.mixup, s.cutmix, len(names)), s.batch_size * s.repeats, len(videos) // s.batch_size
+    steps = s.epochs * per_epoch
 
-    # the run's folder, and where it stopped
-    start, bad_before = 0, 0
-    with cmaev.chief_first():
-        checkpoint = cmaev.open_run(run, s, FREE, device, videos)
-    if checkpoint:
-        cmaev.load_weights(model, checkpoint["model"], run / "checkpoint.pt")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        guard.load_state_dict(checkpoint["guard"])
-        sums.copy_(checkpoint["sums"])
-        start, bad_before = checkpoint["step"], checkpoint["bad"]
-    if chief:
-        cmaev.start_log(run / "log.jsonl", start)
-    bad_clips, per_step = bad_before, s.batch_size * s.repeats
-    if start == steps and not s.results:
-        return say(f"{run} is finished, all {steps} steps: --eval tests it; for another run, give another --out")
-    say(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of "
-        f"{s.batch_size * s.repeats} clips; {world} x {device.type}, "
-        f"{str(dtype or torch.float32).removeprefix('torch.')}" + (f"; going on from step {start}" if start else ""))
+    with cmaev.main_rank_first():
+        cmaev.open_run(run, s, FREE, videos, **about)
+    meter = cmaev.Meter(["loss"], device)
+    state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
+    start = meter.step = cmaev.resume(run, state)
+    if start == steps:
+        return cmaev.print0(f"{run} is finished, all {steps} steps: --eval evaluates it; for another run, give another "
+                            "--out")
+    cmaev.print0(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of {per_step} "
+                 f"clips; {world} x {device.type}, {dtype or torch.float32}"
+                 + (f"; continuing from step {start}" if start else ""))
 
-    # the loop
-    trained = DistributedDataParallel(model) if world > 1 else model
+    parallel = DistributedDataParallel(model) if world > 1 else model
     if s.compile:
-        trained = torch.compile(trained)
-    feed = cmaev.Feed(cmaev.loader(clips, workers, device, batch_sampler=cmaev.batches(
-        len(videos), s.batch_size, steps, s.seed, rank, world, start)), device)
-    stopped = cmaev.notice_signals()
-    scale = s.batch_size / 256
-    began, logged = time.perf_counter(), start
+        parallel = torch.compile(parallel)
+    received = cmaev.notice_signals()
+    feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
+        len(videos), s.batch_size, steps, s.seed, start)), device)
     model.train()
     for step in range(start, steps):
+        lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
         batch = next(feed)
-        bad += batch["replaced"].sum()
-        torch.manual_seed(cmaev.seed_of(s.seed, step, rank))  # of mixup and drop path: a restart changes nothing
+        torch.manual_seed(cmaev.seed_of(s.seed, step, cmaev.this_rank()))  # of mixup and drop path: for restarts
         clip, labels = mix(cmaev.normalize(batch["clip"]), batch["label"])
-
-        lr = cmaev.learning_rate(step, warmup, steps, scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
         with autocast():
-            logits = trained(clip)
+            logits = parallel(clip)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=s.smoothing)
-        grad_norm, fine = guard.step(loss, model.parameters(), s.clip_grad)
-        sums += torch.stack([loss.detach(), torch.ones((), device=device)]).where(fine, 0)
+        grad_norm = cmaev.optimizer_step(loss, model.parameters(), optimizer, scaler, dtype, s.clip_grad)
+        meter.add([loss.detach()], grad_norm, batch["replaced"])
 
-        done, last, stop = step + 1, step + 1 == steps, stopped()
-        log, save = done == 1 or done % s.log_every == 0 or last, done % s.save_every == 0 or last
-        if log or save or stop:
-            bad_clips = bad_before + int(cmaev.sum_over_ranks(bad.clone()))
-            cmaev.check_bad_share(bad_clips, done * per_step, per_epoch * per_step, s.bad_share, bad_log)
-            skipped = guard.check(run)  # waits for the device
-        if log:
-            mean = (cmaev.mean_over_ranks(sums)[0] / sums[1].clamp(min=1)).item()
-            seconds, clips_done = time.perf_counter() - began, (done - logged) * s.batch_size * s.repeats
-            record = dict(step=done, epoch=done / per_epoch, loss=mean, lr=lr, grad_norm=grad_norm.item(),
-                          clips_per_s=clips_done / seconds, data_wait=feed.waited() / seconds,
-                          memory_mib=cmaev.peak_memory(device), bad_clips=bad_clips, skipped_steps=skipped)
-            if chief:
-                cmaev.add_line(run / "log.jsonl", record)
-                left = timedelta(seconds=round(seconds / (done - logged) * (steps - done)))
-                print("step {step}/{steps}  epoch {epoch:.2f}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm:.2f}  "
-                      "{clips_per_s:.1f} clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(
-                          steps=steps, left=left, **record), flush=True)
-            if done == 1:
-                say(f"the first step took {seconds:.1f} s{', compiling included' if s.compile else ''}", flush=True)
-            sums.zero_()
-            began, logged = time.perf_counter(), done
-        if save or stop:
-            cmaev.mean_over_ranks(sums)
-            if chief:
-                with cmaev.whole_file(run / "checkpoint.pt", "wb") as file:
-                    torch.save(dict(step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                    guard=guard.state_dict(), sums=sums, bad=bad_clips, names=names, held_out=held_out,
-                                    class_folders=class_folders), file)
-        if stop and not last:
-            cmaev.stop_run(stop, done)
-
+        done, last = step + 1, step + 1 == steps
+        if done == 1 or done % s.log_every == 0 or last:
+            save, stop = last or done // s.save_every > meter.step // s.save_every, received()
+            record = meter.read(done, per_step)
+            record |= dict(epoch=done / per_epoch, lr=lr, grad_norm=grad_norm.item(),
+                           data_wait=feed.waited() / record["seconds"])
+            cmaev.check_bad_share(record["bad_clips"], done * per_step, per_epoch * per_step, s.bad_share, clips.log)
+            cmaev.write_log(run, record, steps, f"loss {record['loss']:.4f}")
+            if save or stop:
+                cmaev.save_checkpoint(run, done, state)
+            if stop and not last:
+                cmaev.stop_run(stop, done)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    say(f"{bad_clips} of {steps * per_step} clips were of bad videos")
-    test(model, tests, names, run)
+    cmaev.print0(f"{record['bad_clips']} of {steps * per_step} clips were of bad videos")
+    evaluate(model, tests, names, run)
+
+
+def predict(model, files, names, score):
+    """Prints the five best classes of each file. Raises CMAEVError where one cannot be read."""
+    scores = score(lambda clips: model(clips).float().softmax(dim=1), [(file, None) for file in files])
+    for file, probabilities in zip(files, scores):
+        if not probabilities.isnan().any():
+            best = probabilities.topk(min(5, len(names)))
+            cmaev.print0(f"{file}: " + ", ".join(f"{names[i]} {p:.1%}" for p, i in zip(best.values, best.indices)))
+    if scores.isnan().any():
+        raise cmaev.CMAEVError("not all of these files could be read")
+
+
+def probe(s, geometry, videos, tests, names, score, device):
+    """Prints the top-1 accuracy of a linear or k-NN probe on frozen, mean-pooled features."""
+    torch.manual_seed(s.seed)
+    encoder = cmaev.build_encoder(s.encoder, fusion=s.fusion, **geometry)
+    if s.init != "none":
+        cmaev.load_encoder(s.init, encoder)
+    encoder.to(device).eval()
+    pooled = lambda clips: encoder(clips).mean(dim=1)
+    known, unknown = score(pooled, videos), score(pooled, tests)
+    labels, read = torch.tensor([label for _, label in videos]), ~known.isnan().any(dim=1)
+    scores = dict(linear=linear_probe, knn=nearest_neighbours)[s.probe](
+        known[read], labels[read], unknown.nan_to_num(), len(names))
+    right = scores.argmax(dim=1) == torch.tensor([label for _, label in tests])
+    top1 = 100 * float((right & ~unknown.isnan().any(dim=1)).float().mean())
+    cmaev.print0(f"{s.probe} probe of {s.init}: top-1 {top1:.2f} % of {len(tests)} videos, {len(videos)} labels "
+                 f"(chance {100 / len(names):.2f} %)")
 
 
 if __name__ == "__main__":

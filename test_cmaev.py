@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import write_jpeg, write_png
 
 import cmaev
@@ -432,7 +431,7 @@ def test_names_that_are_not_utf8(tmp_path):
     assert os.fsencode(path).endswith(b"caf\xe9.mp4") and label == 0 and cmaev.read_list(tmp_path / "d")[0] == (path, 0)
     shutil.copy(write(tmp_path / "v.mp4", frames=5), os.fsencode(path))
     assert len(cmaev.Video(path)) == 5
-    cmaev.report(torch.tensor([[0.7, 0.3]]), [(path, 0)], ["a", "b"], tmp_path)
+    finetune.report(torch.tensor([[0.7, 0.3]]), [(path, 0)], ["a", "b"], tmp_path)
     assert b"caf\xe9.mp4,a,a,0.7000" in (tmp_path / "predictions.csv").read_bytes()
 
 
@@ -445,7 +444,7 @@ def test_folders_as_people_have_them(tmp_path, capsys):
     assert read == [("a/1.mp4", 0), ("a/part/2.GIF", 0), ("a/take", 0), ("b/1.mts", 1), ("b/2.M2TS", 1), ("b/3.vob", 1),
                     ("b/4.mxf", 1), ("c/1.mp4", 2), ("flat.webm", None)]
     assert "3 files are not videos and are left out, for example" in capsys.readouterr().out
-    names = cmaev.class_names([video for video in cmaev.read_list(tmp_path) if video[1] is not None], tmp_path)
+    names = finetune.class_names([video for video in cmaev.read_list(tmp_path) if video[1] is not None], tmp_path)
     assert names == ["a", "b", "c"]
 
 
@@ -467,23 +466,23 @@ def fruit(tmp_path):
 
 
 def test_test_folders_are_matched_by_name(fruit):
-    train = cmaev.read_labelled(fruit / "train", "data")
-    names = cmaev.class_names(train, fruit / "train")
-    tests = cmaev.read_test_videos(fruit / "val", names, True)
+    train = finetune.read_labelled(fruit / "train", "data")
+    names = finetune.class_names(train, fruit / "train")
+    tests = finetune.read_test_videos(fruit / "val", names, True)
     assert names == ["apple", "banana", "cherry"] and [label for _, label in tests] == [0, 0, 2, 2]
     touch(fruit, "val/durian/1.mp4")
     with pytest.raises(cmaev.CMAEVError, match="class folders durian are none .* apple, banana, cherry"):
-        cmaev.read_test_videos(fruit / "val", names, True)
+        finetune.read_test_videos(fruit / "val", names, True)
     wrong, right = fruit / "wrong.txt", fruit / "right.txt"
     wrong.write_text("val/apple/0.mp4 0\nval/cherry/0.mp4 1\n")
     right.write_text("val/apple/0.mp4 0\nval/cherry/0.mp4 2\n")
-    assert [label for _, label in cmaev.read_test_videos(right, names, True)] == [0, 2]
+    assert [label for _, label in finetune.read_test_videos(right, names, True)] == [0, 2]
     with pytest.raises(cmaev.CMAEVError, match="cherry/0.mp4 has label 1, which is banana in .* folder is cherry"):
-        cmaev.read_test_videos(wrong, names, True)
-    assert len(cmaev.read_test_videos(wrong, names, False)) == 2  # two lists: the labels count
+        finetune.read_test_videos(wrong, names, True)
+    assert len(finetune.read_test_videos(wrong, names, False)) == 2  # two lists: the labels count
     above = touch(fruit / "banana", "flat/0.mp4") / "list.txt"  # a folder above the list says nothing of its videos
     above.write_text("flat/0.mp4 0\n")
-    assert [label for _, label in cmaev.read_test_videos(above, names, True)] == [0]
+    assert [label for _, label in finetune.read_test_videos(above, names, True)] == [0]
 
 
 def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
@@ -506,11 +505,11 @@ def test_eval_uses_the_videos_that_the_run_held_out(demo, capsys):
 
 
 def test_a_tenth_of_each_class_is_held_out(fruit):
-    videos = cmaev.read_labelled(fruit / "train", "data") + [("one.mp4", 3)]
-    train, tests = cmaev.hold_out(videos, 0)
+    videos = finetune.read_labelled(fruit / "train", "data") + [("one.mp4", 3)]
+    train, tests = finetune.hold_out(videos, 0)
     assert sorted(train + tests) == sorted(videos) and ("one.mp4", 3) in train
-    assert [label for _, label in tests] == [0, 0, 1, 1, 2, 2] and cmaev.hold_out(videos, 0)[1] == tests
-    assert cmaev.hold_out(videos, 1)[1] != tests
+    assert [label for _, label in tests] == [0, 0, 1, 1, 2, 2] and finetune.hold_out(videos, 0)[1] == tests
+    assert finetune.hold_out(videos, 1)[1] != tests
 
 
 # The sampler ---------------------------------------------------------------------------------------------------------
@@ -647,8 +646,12 @@ def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
     clips, before = clips_of(demo, repeats=2), torch.get_rng_state()
     clips[0, 0]
     assert torch.equal(torch.get_rng_state(), before)
-    load = lambda workers, **cut: list(DataLoader(
-        clips, batch_sampler=cmaev.batches(40, 8, 7, 0, **{"rank": 0, "world": 1} | cut), num_workers=workers))
+
+    def load(workers, rank=0, world=1, start=0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cmaev, "this_rank", lambda: rank)
+            patch.setattr(cmaev, "world_size", lambda: world)
+            return list(DataLoader(clips, batch_sampler=list(cmaev.batches(40, 8, 7, 0, start)), num_workers=workers))
     whole = load(0)
     for batch, again in zip(whole, load(2), strict=True):
         assert all(torch.equal(batch[name], again[name]) for name in batch)
@@ -656,7 +659,7 @@ def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
         assert all(torch.equal(batch[name], torch.cat([half[name] for half in halves])) for name in batch)
     for batch, rest in zip(whole[3:], load(0, start=3), strict=True):
         assert all(torch.equal(batch[name], rest[name]) for name in batch)
-    keys = list(cmaev.batches(40, 8, 10, 0, 0, 1))
+    keys = list(cmaev.batches(40, 8, 10, 0))
     first, second = sum(keys[:5], []), sum(keys[5:], [])
     assert sorted(first) == [(0, i) for i in range(40)] and sorted(second) == [(1, i) for i in range(40)]
     assert [i for _, i in first] != [i for _, i in second]
@@ -791,8 +794,6 @@ def test_initialisation_and_epsilons_of_convvit():
 def test_convvit_without_fusion():
     model = cmaev.CMAEV("convvit_test", fusion=False, **TINY)
     assert not any("fusion" in name for name in model.state_dict())
-    with pytest.raises(cmaev.CMAEVError, match="vit_test has no multi-scale fusion"):
-        cmaev.CMAEV("vit_test", fusion=False, **TINY)
 
 
 def test_convvit_needs_tubes():
@@ -816,23 +817,8 @@ def test_masked_pixels_reach_no_visible_token(name):
 @pytest.mark.parametrize("name, millions", [("vit_base", 87), ("convvit_base", 85)])
 def test_parameters_of_table_1(name, millions):
     sizes = dict(fusion=False) if name == "convvit_base" else {}
-    model = cmaev.Classifier(cmaev.build_encoder(name, **sizes), 400)
+    model = finetune.Classifier(cmaev.build_encoder(name, **sizes), 400)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
-
-
-def test_flops_of_vit_base():
-    """METHOD's table: encoder 28 G, decoder 39 G, target 357 G, step 560 G a clip."""
-    model = cmaev.CMAEV("vit_base")
-    assert cmaev.clip_flops(model, 0.9) == pytest.approx(560e9, rel=0.01)
-    model.to("meta")
-    clip, mask = torch.empty(1, 3, 16, 224, 224, device="meta"), cmaev.tube_mask(1, (8, 14, 14), 0.9)
-    count = []
-    for part in (lambda: model.encoder(clip, mask), lambda: model.decoder(model.encoder(clip, mask), mask),
-                 lambda: model.target_encoder(clip)):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            part()
-        count.append(counter.get_total_flops())
-    assert [count[0], count[1] - count[0], count[2]] == pytest.approx([28e9, 39e9, 357e9], rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -929,8 +915,8 @@ def test_normalize_and_back():
 # ---------------------------------------------------------------------------------------------------------------------
 
 TINY = dict(frames=4, size=32, tubelet=2, patch=8)
-cmaev.ENCODERS["vit_test"] = dict(width=64, depth=2, heads=2)
-cmaev.ENCODERS["convvit_test"] = dict(widths=(16, 32, 64), depths=(1, 1, 1), heads=2)
+cmaev.ENCODERS["vit_test"] = cmaev.VisionTransformer, dict(width=64, depth=2, heads=2)
+cmaev.ENCODERS["convvit_test"] = cmaev.ConvViT, dict(widths=(16, 32, 64), depths=(1, 1, 1), heads=2, fusion=True)
 
 
 def tiny(encoder="vit_test", batch=6, **settings):
@@ -1076,14 +1062,12 @@ def undisturbed(demo):
 
 
 def test_killed_and_resumed_run_is_bit_equal(demo, undisturbed):
-    """With other worker processes, too; the checkpoint lies between two log lines, as the intervals are 3 and 4."""
+    """With other worker processes, too."""
     run = demo.parent / "killed"
     command = [*SHORT, "--data", str(demo / "train.txt"), "--out", str(run)]
     process = subprocess.Popen([sys.executable, HERE / "pretrain.py", *command, "--workers", "1"],
                                stdout=subprocess.DEVNULL)
-    log, deadline = run / "log.jsonl", time.monotonic() + 120
-    while not (log.exists() and len(log.read_text().splitlines()) >= 2) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    assert wait_for((run / "checkpoint.pt").exists, process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
@@ -1094,31 +1078,26 @@ def test_killed_and_resumed_run_is_bit_equal(demo, undisturbed):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_held_out_reconstruction_and_results(demo, undisturbed, capsys):
+def test_held_out_reconstruction(demo, undisturbed, capsys):
     """Over seven videos in batches of four, against the loss of each video alone."""
     folder = demo.parent
     seven = folder / "seven.txt"
     videos = cmaev.read_list(demo / "val.txt")[:7]
     seven.write_text("".join(f"{path}\n" for path, _ in videos))
-    command = [*SHORT, "--data", demo / "train.txt", "--out", folder / "measured", "--val", seven,
-               "--results", folder / "results.jsonl", "--epochs", 1, "--warmup-epochs", 0, "--save-every", 2,
-               "--contrast-weight", 0]
+    command = [*SHORT, "--data", demo / "train.txt", "--out", folder / "measured", "--val", seven, "--epochs", 1,
+               "--warmup-epochs", 0, "--save-every", 2, "--log-every", 1, "--contrast-weight", 0]
     for _ in range(2):  # the second time it only finds that all is done
         assert run_pretrain(*command, "--workers", 1) is None
     assert "is finished" in capsys.readouterr().out
-    log = [json.loads(line) for line in (folder / "measured" / "log.jsonl").open()]
-    assert [line["step"] for line in log if "held_out_reconstruction" in line] == [2, 4, 5]
-    results = [json.loads(line) for line in (folder / "results.jsonl").open()]
-    assert len(results) == 1 and results[0]["flags"]["contrast_weight"] == 0 and "workers" not in results[0]["flags"]
-    assert (results[0]["step"], results[0]["reconstruction"]) == (5, log[-2]["reconstruction"])
-
+    log = [line for line in cmaev.read_log(folder / "measured") if "held_out_reconstruction" in line]
+    assert [line["step"] for line in log] == [2, 4, 5]
     model = cmaev.CMAEV("vit_tiny", contrast_weight=0, frames=4, size=32, patch=8)
     model.load_state_dict(torch.load(folder / "measured" / "checkpoint.pt", weights_only=True)["model"])
     clips, losses = cmaev.PretrainClips(videos, model.encoder.grid, frames=4, size=32, max_shift=4, mask_ratio=0.75), []
     for i in range(7):
         clip, mask = cmaev.normalize(clips[0, i]["online"]), clips[0, i]["mask"]
         losses.append(model(clip, None, mask)["loss"].item())
-    assert results[0]["held_out_reconstruction"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert log[-1]["held_out_reconstruction"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def part_of(batch, rank, world):
@@ -1136,19 +1115,19 @@ def as_rank(folder):
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         losses = parallel(*part_of(batch, rank, 2))
         losses["loss"].backward()
-        means = {name: float(cmaev.mean_over_ranks(value.detach())) for name, value in losses.items()}
+        means = {name: float(cmaev.sum_over_ranks(value.detach().clone())) / 2 for name, value in losses.items()}
         if rank == 0:
             grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             torch.save((means, grads), f"{folder}/{encoder}.pt")
     model, batch = tiny(batch=8)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
-    guard = cmaev.Guard(torch.optim.AdamW(model.parameters(), fused=True), None, torch.device("cpu"))
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), cmaev.grad_scaler(None, torch.device("cpu"))
     steps = []
     for bad in (False, True, False):
-        loss = parallel(*part_of(batch, rank, 2))["loss"] + (math.inf if bad and rank == 1 else 0)
-        _, fine = guard.step(loss, model.parameters(), 0)
-        steps.append((bool(fine), model.decoder.head.weight.detach().clone()))
-    torch.save(steps, f"{folder}/guard-{rank}.pt")
+        loss = parallel(*part_of(batch, rank, 2))["loss"] * (math.nan if bad and rank == 1 else 1)
+        grad_norm = cmaev.optimizer_step(loss, model.parameters(), optimizer, scaler, None)
+        steps.append((bool(grad_norm.isfinite()), model.decoder.head.weight.detach().clone()))
+    torch.save(steps, f"{folder}/skipped-{rank}.pt")
 
 
 def score_as_rank(folder):
@@ -1221,7 +1200,7 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     assert all(math.isfinite(value) for line in log for value in line.values())
     assert log[-1]["loss"] == pytest.approx(log[-1]["reconstruction"] + 0.14 * log[-1]["contrast"])
     settings = json.loads((run / "settings.json").read_text())
-    assert settings["settings"]["lr"] == pretrain.SETTINGS["lr"][0][0] and settings["torch"] == torch.__version__
+    assert settings["settings"]["lr"] == pretrain.RECIPES["demo"]["lr"] and settings["torch"] == torch.__version__
     assert cmaev.decode_image(str(run / "reconstruction-000008.png")).shape == (3, 2 + 9 * 50, 2 + 8 * 50)
     encoder = torch.load(run / "encoder.pt", weights_only=True)["model"]
     assert {"patch_embed.proj.weight", "blocks.5.attn.q_bias", "blocks.0.mlp.fc2.bias", "norm.weight"} < encoder.keys()
@@ -1230,26 +1209,8 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     assert run_pretrain(*small) is None
     assert "is finished" in capsys.readouterr().out
     end = run_pretrain(*small, "--lr", 1, "--encoder", "vit_small", "--workers", 0)
-    assert f"lr {pretrain.SETTINGS['lr'][0][0]} -> 1.0" in end and "encoder vit_tiny -> vit_small" in end
+    assert f"lr {pretrain.RECIPES['demo']['lr']} -> 1.0" in end and "encoder vit_tiny -> vit_small" in end
     assert "workers" not in end
-
-
-def test_benchmark_times_the_step_and_the_reading(demo, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    small = "--encoder vit_tiny --frames 4 --size 32 --mask-ratio 0.75 --batch-size 4 --benchmark".split()
-    assert run_pretrain("--recipe", "k400", *small) is None  # no videos at hand
-    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert run_pretrain(*small, "--patch", 8, "--data", demo / "train.txt", "--workers", 1) is None
-    *table, line = capsys.readouterr().out.splitlines()
-    both = json.loads(line)
-    assert "synthetic" in alone and not {"data", "reading"} & alone.keys() and len(table) == 5
-    for name in ("synthetic", "data", "reading"):
-        assert both[name]["step_ms"] * both[name]["clips_per_s"] == pytest.approx(4000)
-    assert both["synthetic"]["data_wait"] < 0.2 and 0 <= both["data"]["data_wait"] < 1
-    model = cmaev.CMAEV("vit_tiny", frames=4, size=32, patch=8)
-    assert both["data"]["tflop_per_s"] == pytest.approx(
-        cmaev.clip_flops(model, 0.75) * both["data"]["clips_per_s"] / 1e12)
-    assert not list(tmp_path.iterdir())  # no run was begun
 
 
 def test_feed_counts_the_waiting():
@@ -1293,16 +1254,16 @@ def wrong(tmp_path_factory):
     ("--data text.txt --batch-size 2 --repeats 2", "text.mp4: cannot be opened as a video"),
     ("--data good.txt --batch-size 4 --size 50", "50x50 pixels does not divide"),
     ("--data good.txt --batch-size 4 --frames 3", "3 frames of 48x48"),
-    ("--data good.txt --batch-size 4 --mask-ratio 1", "--mask-ratio 1.0: give more than 0"),
+    ("--data good.txt --batch-size 4 --mask-ratio 1", "--mask-ratio: 1: give a number in (0, 1)"),
     ("--data good.txt --batch-size 4 --encoder vgg", "no encoder 'vgg'"),
     ("--data good.txt --batch-size 4 --encoder convvit_tiny --size 60 --patch 6", "patch size 6"),
-    ("--data good.txt --batch-size 4 --amp fp8", "--amp fp8"),
+    ("--data good.txt --batch-size 4 --amp fp8", "--amp: invalid choice: 'fp8'"),
     ("--data good.txt --batch-size 16", "--batch-size 16"),
     ("--data good.txt --batch-size 5 --repeats 2", "a multiple"),
     ("--recipe k400", "needs --data"),
     ("--data good.mp4", "good.mp4: is no text"),
     ("--data nothing", "no videos in it"),
-    ("--data good.txt --seed -1", "--seed -1"),
+    ("--data good.txt --seed -1", "--seed: -1: give"),
     ("--data good.txt --batch-size 4 --out good.txt/run", "--out good.txt/run cannot be made"),
 ])
 def test_wrong_input_ends_in_one_line(wrong, monkeypatch, arguments, words):
@@ -1341,19 +1302,17 @@ def test_a_run_without_a_checkpoint_can_start_with_other_settings(demo):
     run = demo.parent / "died"
     command = [*SHORT, "--data", demo / "train.txt", "--out", run, "--workers", 0, "--epochs", 2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cmaev.Guard, "step", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
+        patch.setattr(cmaev, "optimizer_step", lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
         with pytest.raises(MemoryError):
             run_pretrain(*command)
     assert (run / "settings.json").exists() and not (run / "checkpoint.pt").exists()
     assert run_pretrain(*command, "--batch-size", 4) is None
     end = run_pretrain(*command, "--batch-size", 4, "--epochs", 3)
-    assert "epochs 2 -> 3" in end and "another number of epochs needs a new run" in end and "\n" not in end
+    assert "epochs 2 -> 3" in end and "number of epochs needs a new run" in end and "\n" not in end
 
 
-def test_the_first_step_is_logged(undisturbed, demo, capsys):
+def test_the_first_step_is_logged(undisturbed):
     assert [line["step"] for line in log_of(undisturbed)] == [1, 4, 8, 12, 16, 20]
-    run_pretrain(*SHORT, "--data", demo / "train.txt", "--out", demo.parent / "first", "--epochs", 2, "--workers", 0)
-    assert "the first step took" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1457,22 +1416,22 @@ def test_dense_and_uniform_indices_against_loops(num_frames):
     for start in (0, 0.25, 0.5, 1):
         first = max(num_frames - 61, 0) * start
         expected = [min(int(first + 0.5) + 4 * i, num_frames - 1) for i in range(16)]
-        assert cmaev.dense_indices(num_frames, 16, 4, start).tolist() == expected
+        assert finetune.dense_indices(num_frames, 16, 4, start).tolist() == expected
     offsets = torch.rand(8, generator=torch.Generator().manual_seed(0))
-    for i, index in enumerate(cmaev.uniform_indices(num_frames, 8, offsets).tolist()):
+    for i, index in enumerate(finetune.uniform_indices(num_frames, 8, offsets).tolist()):
         assert i * num_frames / 8 - 1 < index <= (i + 1) * num_frames / 8  # inside the segment, cut down to a frame
         assert index == int((i + float(offsets[i])) * num_frames / 8)
 
 
 def labelled(demo, **changes):
     settings = dict(frames=4, rate=4, size=32, sampling="dense") | changes
-    return cmaev.LabelledClips(cmaev.read_list(demo / "train.txt"), **settings)
+    return finetune.LabelledClips(cmaev.read_list(demo / "train.txt"), **settings)
 
 
 def test_repeated_sampling_opens_a_video_once(demo, monkeypatch):
     opened, video = [], cmaev.Video
     monkeypatch.setattr(cmaev, "Video", lambda path: (opened.append(path), video(path))[1])
-    augment = cmaev.training_augmentation(32, 0.5, flip=True, rand_augment=True, erasing=0.25)
+    augment = finetune.training_augmentation(32, 0.5, flip=True, rand_augment=True, erasing=0.25)
     clips = labelled(demo, augment=augment, repeats=3)
     sample = clips[0, 5]
     assert len(opened) == 1 and sample["clip"].shape == (3, 4, 3, 32, 32) and sample["label"].tolist() == [5, 5, 5]
@@ -1486,7 +1445,7 @@ def test_views_against_a_plain_decode(tmp_path, sampling):
     """A wide video: 2 clips over time x 3 crops from its left to its right edge."""
     path = write(tmp_path / "wide.mp4", size=(32, 80))
     frames = torch.from_numpy(plain_decode(path)).permute(0, 3, 1, 2)
-    sample = cmaev.LabelledClips([(path, 1)], 4, 4, 32, sampling, segments=2, crops=3)[0, 0]
+    sample = finetune.LabelledClips([(path, 1)], 4, 4, 32, sampling, segments=2, crops=3)[0, 0]
     dense = [[0, 4, 8, 12], [47, 51, 55, 59]]
     uniform = [[int((i + u) * 15) for i in range(4)] for u in (0.25, 0.75)]
     expected = [frames[indices][..., left:left + 32] for indices in (dense if sampling == "dense" else uniform)
@@ -1495,11 +1454,11 @@ def test_views_against_a_plain_decode(tmp_path, sampling):
 
 
 def test_flips_only_where_the_recipe_says():
-    assert finetune.SETTINGS["flip"][0] == (False, True, False)
+    assert [finetune.RECIPES[name].get("flip", True) for name in ("demo", "k400", "ssv2")] == [False, True, False]
     clip = torch.arange(32, dtype=torch.uint8).expand(2, 3, 32, 32)
     leaning = {flip: set() for flip in (True, False)}
     for flip, seen in leaning.items():
-        augment = cmaev.training_augmentation(32, 0.5, flip, rand_augment=False, erasing=0)
+        augment = finetune.training_augmentation(32, 0.5, flip, rand_augment=False, erasing=0)
         for i in range(30):
             with cmaev.seeded(i):
                 seen.add(bool(augment(clip).float()[0, 0, 0].diff().sum() > 0))
@@ -1509,7 +1468,7 @@ def test_flips_only_where_the_recipe_says():
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0)])
 def test_mixed_labels_are_the_shares_of_the_pixels(mixup, cutmix):
     """Clip i is filled with the number 10^i, so that the mean of a mixed clip tells whose pixels it has."""
-    mix, labels = cmaev.mixing(mixup, cutmix, classes=3), torch.tensor([2, 0, 1])
+    mix, labels = finetune.mixing(mixup, cutmix, classes=3), torch.tensor([2, 0, 1])
     for i in range(10):
         with cmaev.seeded(i):
             clips, soft = mix((10.0 ** torch.arange(3)).view(3, 1, 1, 1, 1).expand(-1, 3, 2, 8, 8), labels)
@@ -1529,7 +1488,7 @@ def test_clips_of_one_video_are_not_mixed():
         unmixed = 0
         for i in range(20):
             with cmaev.seeded(i):
-                unmixed += int((cmaev.mixing(*alphas, 6)(batch["clip"], batch["label"])[1].amax(dim=1) > 0.999).sum())
+                unmixed += int((finetune.mixing(*alphas, 6)(batch["clip"], batch["label"])[1].amax(dim=1) > 0.999).sum())
         assert unmixed < 0.3 * 20 * 12  # a half, where neighbours are of one video
 
 
@@ -1566,7 +1525,7 @@ def float64_vit(state, clip, heads):
 
 
 def test_classifier_equals_float64():
-    model, clip = cmaev.Classifier(small("vit", drop_path=0.2), 5).eval(), torch.randn(2, 3, 4, 32, 48)
+    model, clip = finetune.Classifier(small("vit", drop_path=0.2), 5).eval(), torch.randn(2, 3, 4, 32, 48)
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     torch.testing.assert_close(model(clip), float64_vit(model.state_dict(), clip, heads=2), rtol=1e-4, atol=1e-4)
@@ -1575,10 +1534,10 @@ def test_classifier_equals_float64():
 @pytest.mark.parametrize("name", ["vit", "convvit"])
 def test_layer_decay_by_name(name):
     sizes = dict(fusion=False) if name == "convvit" else {}
-    model = cmaev.Classifier(small(name, **sizes), 5)
+    model = finetune.Classifier(small(name, **sizes), 5)
     scales = {"fc_norm": 0, "head": 0, "patch_embed": 3, "embed_norms": 3, "blocks1": 3, "blocks2": 3}
     scales |= {f"{blocks}.{i}.": 2 - i for i in range(2) for blocks in ("blocks", "blocks3")}
-    groups = cmaev.layer_groups(model, 0.05, 0.5)
+    groups = finetune.layer_groups(model, 0.05, 0.5)
     names, seen = {id(p): name for name, p in model.named_parameters()}, 0
     for group in groups:
         for p in group["params"]:
@@ -1740,7 +1699,7 @@ def test_probes_separate_what_is_separable():
     centres = torch.randn(5, 16) * 4
     labels = torch.arange(100) % 5
     train, test = (centres[labels] + 0.3 * torch.randn(100, 16) for _ in range(2))
-    for probe in (cmaev.linear_probe, cmaev.nearest_neighbours):
+    for probe in (finetune.linear_probe, finetune.nearest_neighbours):
         scores = probe(train, labels, test, 5)
         assert (scores.argmax(dim=1) == labels).all() and scores.sum(dim=1) == pytest.approx([1] * 100, abs=1e-4)
 
@@ -1748,13 +1707,10 @@ def test_probes_separate_what_is_separable():
 def test_report(tmp_path):
     scores = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
     videos = [("a.mp4", 0), ("b.mp4", 1), ("c.mp4", 1), ("d.mp4", 2)]
-    assert cmaev.report(scores, videos, ["x", "y", "z"], tmp_path) == (50, 100)
+    assert finetune.report(scores, videos, ["x", "y", "z"], tmp_path) == (50, 100)
     rows = (tmp_path / "predictions.csv").read_text().splitlines()
     assert rows[2] == "b.mp4,y,z,0.7000,y,0.2000,x,0.1000" and len(rows) == 5
     assert json.loads((tmp_path / "per-class.json").read_text()) == {"x": 100, "y": 50, "z": 0}
-    picture = cmaev.decode_image(str(tmp_path / "confusion.png"))[0]
-    assert [[int(picture[i * 134 + 5, j * 134 + 5]) for j in range(3)] for i in range(3)] == [
-        [255, 0, 0], [0, 128, 128], [255, 0, 0]]
 
 
 TUNE = ("--recipe demo --frames 4 --size 32 --patch 8 --batch-size 8 --epochs 3 --amp none --warmup-epochs 1 "
@@ -1794,15 +1750,9 @@ def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys):
     assert run_finetune(*ask, "--predict", file) is None
     answer = capsys.readouterr().out
     assert answer.startswith(file) and rows[4].split(",")[2] in answer and answer.count("%") == 5
-    results = tuned.parent / "accuracies.jsonl"
-    for probe in ("linear", "knn", "linear"):  # the third is there already
-        assert run_finetune(*ask, "--probe", probe, "--init", undisturbed, "--results", results) is None
-        printed, lines = capsys.readouterr().out, [json.loads(line) for line in results.open()]
-        assert f"{probe} probe of {undisturbed}: top-1 {lines[-1]['top1']:.2f} %" in printed or len(lines) == 2
-    assert "nothing to do" in printed and [line["flags"]["probe"] for line in lines] == ["linear", "knn"]
-    right = [row.split(",")[1] == row.split(",")[2] for row in rows[1:]]
-    assert run_finetune(*ask, "--init", undisturbed, "--results", results) is None  # finished, but not in the file yet
-    assert json.loads(results.read_text().splitlines()[-1])["top1"] == pytest.approx(100 * np.mean(right), abs=0.01)
+    for probe in ("linear", "knn"):
+        assert run_finetune(*ask, "--probe", probe, "--init", undisturbed) is None
+        assert f"{probe} probe of {undisturbed}: top-1 " in capsys.readouterr().out
     assert run_finetune(*ask, "--init", undisturbed) is None
     assert "is finished" in capsys.readouterr().out
 
@@ -1812,9 +1762,7 @@ def test_killed_finetuning_is_bit_equal(demo, tuned, undisturbed):
     command = [*TUNE, "--data", demo / "train.txt", "--val", demo / "val.txt", "--init", undisturbed, "--out", run]
     process = subprocess.Popen([sys.executable, HERE / "finetune.py", *map(str, command), "--workers", "1"],
                                stdout=subprocess.DEVNULL)
-    log, deadline = run / "log.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    assert wait_for((run / "checkpoint.pt").exists, process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert 3 <= torch.load(run / "checkpoint.pt", weights_only=True)["step"] < 15
@@ -1830,25 +1778,22 @@ def test_ranks_score_every_video_once(demo, tuned, two_ranks, three_ranks, world
 
 
 @pytest.mark.parametrize("flag, values, words", [
-    ("epochs batch-size frames size tubelet patch rate log-every save-every repeats", "0 -1", "1 or more"),
-    ("warmup-epochs max-shift subset picture-every contrast-weight weight-decay clip-grad seed", "-1", "0 or more"),
-    ("lr temperature", "0 -1 nan inf", "more than 0"), ("mask-ratio", "0 1 nan", "more than 0 and less than 1"),
-    ("momentum bad-share", "-0.1 1.1 nan", "0 to 1"), ("beta1 beta2", "-0.1 1", "less than 1"),
-    ("workers", "-2", "-1 or more"), ("warmup-epochs", "50 51", "less than the 50 of --epochs")])
-def test_numbers_out_of_range(monkeypatch, flag, values, words):
+    ("epochs batch-size frames size tubelet patch rate log-every save-every repeats", "0 -1", "[1, inf)"),
+    ("warmup-epochs max-shift subset picture-every contrast-weight weight-decay clip-grad seed workers", "-1", "[0, inf)"),
+    ("lr temperature", "0 -1 nan inf", "(0, inf)"), ("mask-ratio", "0 1 nan", "(0, 1)"),
+    ("momentum bad-share", "-0.1 1.1 nan", "[0, 1]"), ("beta1 beta2", "-0.1 1", "[0, 1)"),
+    ("warmup-epochs", "50 51", "less than the 50 of --epochs"), ("lr epochs", "x", "invalid"), ("epoch", "3", "--epoch")])
+def test_numbers_out_of_range(flag, values, words):
     for name in flag.split():
         for value in values.split():
-            monkeypatch.setattr(sys, "argv", ["pretrain.py", f"--{name}={value}"])
-            with pytest.raises(cmaev.CMAEVError) as error:
-                cmaev.read_settings(pretrain.SETTINGS, "")
-            assert str(error.value).startswith(f"--{name} {value}") and words in str(error.value)
-            assert "\n" not in str(error.value)
+            end = run_pretrain(f"--{name}={value}")
+            assert end.startswith("error: ") and f"--{name}" in end and words in end and "\n" not in end
 
 
 @pytest.mark.parametrize("arguments, words", [
-    *((f"--{name}=0", "1 or more") for name in ("batch-size", "segments", "crops", "log-every", "repeats", "epochs")),
-    ("--layer-decay=0", "at most 1"), ("--smoothing=1", "less than 1"), ("--drop-path=1", "less than 1"),
-    ("--mixup=-1", "0 or more"), ("--erasing=2", "0 to 1"), ("--predict", "name one or more videos"),
+    *((f"--{name}=0", "[1, inf)") for name in ("batch-size", "segments", "crops", "log-every", "repeats", "epochs")),
+    ("--layer-decay=0", "(0, 1]"), ("--smoothing=1", "[0, 1)"), ("--drop-path=1", "[0, 1)"),
+    ("--mixup=-1", "[0, inf)"), ("--erasing=2", "[0, 1]"), ("--predict", "name one or more videos"),
     ("--val good.txt", "--val without --data"), ("--data good.txt --val good.txt", "--data without --recipe: give "),
     ("--recipe demo --data one.txt --val good.txt --init none --probe linear", "two or more training videos"),
     ("--recipe demo --data good.txt --val good.txt --init none --batch-size 1 --mixup 1", "two or more videos per")])
@@ -1896,10 +1841,10 @@ def test_own_videos_without_val_hold_out_a_tenth(demo, undisturbed, capsys):
     ("--data good.txt --val good.txt --init text.mp4", "text.mp4 cannot be read as weights"),
     ("--data good.txt --val good.txt --init other.pt",
      "other.pt is of another model: it has no patch_embed.proj.weight"),
-    ("--data good.txt --val good.txt --init none --probe deep", "--probe deep: give linear or knn"),
-    ("--data good.txt --val good.txt --init none --sampling often", "--sampling often"),
+    ("--data good.txt --val good.txt --init none --probe deep", "--probe: invalid choice"),
+    ("--data good.txt --val good.txt --init none --sampling often", "--sampling: invalid choice"),
     ("--data good.txt --val text.txt --init none --batch-size 4 --probe knn --workers 1", "text.mp4: cannot be opened"),
-    ("--predict good.mp4 --out nothing", "nothing holds no run"),
+    ("--predict good.mp4 --out nothing", "nothing holds no run of finetune.py"),
     ("--recipe k400", "--data is not given"),
 ])
 def test_wrong_input_to_finetune_ends_in_one_line(wrong, monkeypatch, arguments, words):
@@ -2035,30 +1980,31 @@ def test_faults_bad_numbers_are_left_out(demo, tmp_path, monkeypatch):
     assert [line["skipped_steps"] for line in log] == [0] * 3 + [1] * 17
     assert all(math.isfinite(line["loss"]) for line in log)
     calls.clear()
-    bad = set(range(8, 20))
-    end = run_pretrain(*command, "--out", tmp_path / "many")
-    assert end.startswith("error: 5 steps in a row had a loss or a gradient that is not finite")
+    bad = set(range(8, 40))
+    end = run_pretrain(*command, "--epochs", 8, "--out", tmp_path / "many")
+    assert end.startswith("error: step 28: 20 steps in a row had a loss or a gradient that is not finite")
     checkpoint = torch.load(tmp_path / "many" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 12 and all(x.isfinite().all() for x in checkpoint["model"].values())
+    assert checkpoint["step"] == 27 and all(x.isfinite().all() for x in checkpoint["model"].values())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_faults_a_step_left_out_changes_nothing(dtype):
+def test_faults_a_skipped_step_changes_nothing(dtype):
     torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 1)
-    guard = cmaev.Guard(torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True), dtype, torch.device("cpu"))
-    weights = []
-    for factor, more in ((1.0, 0), (1.0, math.inf), (math.nan, 0), (1e38 if dtype else math.inf, 0), (1.0, 0)):
-        _, fine = guard.step(layer(torch.ones(1, 4)).sum() * factor + more, layer.parameters(), 0)
-        weights.append((layer.weight.detach().clone(), bool(fine)))
-    assert all(torch.equal(weights[0][0], weights[i][0]) for i in (1, 2, 3))
-    assert not torch.equal(weights[3][0], weights[4][0])
-    assert [fine for _, fine in weights] == [True, False, False, dtype is not None, True]  # fp16: its own overflow
-    assert guard.check("run") == (2 if dtype else 3)
+    layer, cpu, steps = torch.nn.Linear(4, 1), torch.device("cpu"), []
+    optimizer, scaler = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True), cmaev.grad_scaler(dtype, cpu)
+    meter = cmaev.Meter(["loss"], cpu)
+    for factor in (1.0, math.nan, math.inf, 1e38 if dtype else math.nan, 1.0):
+        loss = layer(torch.ones(1, 4)).sum() * factor
+        grad_norm = cmaev.optimizer_step(loss, layer.parameters(), optimizer, scaler, dtype)
+        meter.add([loss.detach()], grad_norm, torch.zeros(2, dtype=torch.bool))
+        steps.append((layer.weight.detach().clone(), loss.item()))
+    assert all(torch.equal(steps[0][0], steps[i][0]) for i in (1, 2, 3)) and not torch.equal(steps[3][0], steps[4][0])
+    record = meter.read(5, 1)
+    assert record["skipped_steps"] == 3 and record["loss"] == pytest.approx((steps[0][1] + steps[4][1]) / 2)
 
 
 def test_faults_a_bad_loss_on_one_rank_stops_the_step_on_all(two_ranks):
-    (one, weights), (other, same) = (zip(*torch.load(two_ranks / f"guard-{rank}.pt", weights_only=True))
+    (one, weights), (other, same) = (zip(*torch.load(two_ranks / f"skipped-{rank}.pt", weights_only=True))
                                      for rank in (0, 1))
     assert one == other == (True, False, True)
     assert all(map(torch.equal, weights, same))
@@ -2163,10 +2109,10 @@ def test_faults_bad_videos_are_named_once_counted_and_limited(demo, spoilt, capf
     output = capfd.readouterr().out
     named = bad_videos_of(runs[0])
     assert len(named) == len(set(named)) == output.count("bad video: ") > 5
-    count = cmaev.last_losses(runs[0])["bad_clips"]
+    count = cmaev.read_log(runs[0])[-1]["bad_clips"]
     clips, read = clips_of(demo, seed=0, rate=4), cmaev.read_list(demo.parent / "mixed.txt")
     clips.videos, clips.log = read, runs[0] / "again.jsonl"
-    replaced = [bool(clips[key]["replaced"]) for batch in cmaev.batches(len(read), 8, 2 * (len(read) // 8), 0, 0, 1)
+    replaced = [bool(clips[key]["replaced"]) for batch in cmaev.batches(len(read), 8, 2 * (len(read) // 8), 0)
                 for key in batch]
     assert count == sum(replaced) > len(named) and f"; {count} of " in output
     assert set(named) == {json.loads(line)["path"] for line in clips.log.open()}
@@ -2228,8 +2174,8 @@ def test_faults_full_disk(demo, tmp_path, monkeypatch):
         end = run_pretrain(*SHORT, "--data", demo / "train.txt", "--out", tmp_path / "run", "--workers", 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert end == f"error: {tmp_path}/run/checkpoint.pt cannot be written (File too large): what was there is kept"
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert end == f"error: {tmp_path}/run/checkpoint.pt cannot be written (File too large): the file before is kept"
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
@@ -2318,7 +2264,7 @@ def test_faults_long_run_stays_flat(demo, spoilt):
         print(*rows[-1])
     process.kill()
     bad = bad_videos_of(run)
-    print(f"{len(bad)} bad videos, {cmaev.last_losses(run)['bad_clips']} samples replaced")
+    print(f"{len(bad)} bad videos, {cmaev.read_log(run)[-1]['bad_clips']} samples replaced")
     _, memory, files, processes = zip(*rows)
     assert memory[-1] < 1.03 * memory[1] and len(set(processes)) == 1
     assert np.mean(files[5:]) < np.mean(files[:5]) + 5  # those of samples on their way come and go
@@ -2392,7 +2338,6 @@ def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, scri
     """
     device, updates, feed, backward = torch.device("cuda", 0), [], cmaev.Feed, torch.Tensor.backward
     monkeypatch.setattr(cmaev, "join_ranks", lambda: (0, 1, device))
-    monkeypatch.setattr(cmaev, "device_name", str)
     monkeypatch.setattr(cmaev, "Feed", TwoBatches)
     monkeypatch.setattr(torch.Tensor, "backward", empty_gradients)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
@@ -2444,7 +2389,7 @@ def test_gpu_losses_and_gradients_are_the_cpus(encoder, monkeypatch):
 def test_gpu_feed_brings_the_same_batches(demo):
     clips = clips_of(demo, repeats=2)
     load = lambda device: cmaev.Feed(cmaev.loader(clips, 2, device, batch_sampler=cmaev.batches(
-        len(clips), 4, 12, 0, 0, 1)), device)
+        len(clips), 4, 12, 0)), device)
     plain, feed = load(torch.device("cpu")), load(DEVICE)
     busy = torch.randn(4096, 4096, device=DEVICE)
     for _ in range(12):
@@ -2465,8 +2410,8 @@ def test_gpu_step_never_waits_for_the_device(demo, encoder, dtype):
     clips = clips_of(demo)
     model = cmaev.CMAEV(encoder, **TINY).to(DEVICE)
     optimizer = torch.optim.AdamW(cmaev.decay_groups(model, 0.05), lr=1e-4, fused=True)
-    guard = cmaev.Guard(optimizer, dtype, DEVICE)
-    feed = cmaev.Feed(cmaev.loader(clips, 0, DEVICE, batch_sampler=cmaev.batches(len(clips), 4, 8, 0, 0, 1)), DEVICE)
+    scaler, meter = cmaev.grad_scaler(dtype, DEVICE), cmaev.Meter(["loss"], DEVICE)
+    feed = cmaev.Feed(cmaev.loader(clips, 0, DEVICE, batch_sampler=cmaev.batches(len(clips), 4, 8, 0)), DEVICE)
     losses = []
     try:
         for step in range(8):
@@ -2475,12 +2420,13 @@ def test_gpu_step_never_waits_for_the_device(demo, encoder, dtype):
             target = cmaev.normalize(cmaev.augment_colors(batch["target"], batch["colors"]))
             with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
                 loss = model(cmaev.normalize(batch["online"]), target, batch["mask"])["loss"]
-            guard.step(loss, model.parameters(), 1.0)
+            grad_norm = cmaev.optimizer_step(loss, model.parameters(), optimizer, scaler, dtype, 1.0)
+            meter.add([loss.detach()], grad_norm, batch["replaced"])
             model.update_target(0.99)
             losses.append(loss.detach())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.stack(losses).isfinite().all() and guard.check("run") == 0
+    assert torch.stack(losses).isfinite().all() and meter.read(8, 4)["skipped_steps"] == 0
 
 
 @on_gpu
@@ -2505,13 +2451,6 @@ def test_gpu_trains_resumes_and_fine_tunes(demo, tmp_path, monkeypatch, more):
     lists = ["--data", demo / "train.txt", "--val", demo / "val.txt", "--init", tmp_path / "run", "--encoder", *encoder]
     for how in (["--out", tmp_path / "tuned"], ["--probe", "linear"]):
         assert run_finetune(*TUNE, *lists, *how, "--amp", more.split()[1], "--workers", 2) is None
-
-
-@on_gpu
-def test_gpu_benchmark(demo, capsys):
-    assert run_pretrain(*SHORT, "--data", demo / "train.txt", "--workers", 2, "--amp", "bf16", "--benchmark") is None
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert rows["matrix_tflop_per_s"] > 1 and rows["synthetic"]["data_wait"] < 0.5 and rows["data"]["memory_mib"] > 0
 
 
 if __name__ == "__main__":
