@@ -1,20 +1,20 @@
 """CMAE-V: contrastive masked autoencoders for video, in one module (arXiv 2301.06018).
 
-Read it beside the paper, from top to bottom, in the order in which the data flows:
+Read it beside the paper, from top to bottom. The method comes first, what it needs of files and processes after it:
 
-     1  video in              exact frames from files and folders; lists; the temporal shift; the two datasets
-     2  tube mask             which 90 % of the cubes the online encoder does not see
-     3  encoders              ViT and ConvViT: encoder(clip, mask) -> tokens
-     4  decoder and heads     pixel decoder; projector and predictor with global batch statistics
-     5  losses                equations 4, 5 and 7
-     6  CMAE-V                equations 1 to 8 in one forward; the momentum step
-     7  classifier            mean pool, norm, head; probes of frozen features
-     8  weights               this project's, VideoMAE's and Hugging Face's files in, an encoder out
-     9  training              what the scripts share: settings, ranks, AMP, schedule, checkpoints, log, testing
-    10  demo                  a small labelled set of real video files, made on the spot
+     1  tokens and tube mask   clips as cubes; which 90 % of them the online encoder does not see
+     2  encoders               ViT and ConvViT: encoder(clip, mask) -> tokens
+     3  decoder and heads      pixel decoder; projector and predictor with global batch statistics
+     4  losses                 equations 4, 5 and 7
+     5  CMAE-V                 equations 1 to 8 in one forward; the momentum step
+     6  the two views          temporal shift, crop, colours; the dataset
+     7  video files            exact frames from files and folders; lists
+     8  weights                this project's, VideoMAE's and Hugging Face's files in, an encoder out
+     9  training               what the scripts share: settings, ranks, AMP, schedule, step, checkpoint, log
+    10  demo                   a small labelled set of real video files, made on the spot
 
-Where a number comes from stands beside it: [paper], [VideoMAE], [CMAE] and [ConvMAE] are the paper and the public
-code of the methods that it builds on; [choice] is ours, where all of them are silent.
+The source of a number stands beside it: [paper], [VideoMAE], [CMAE], [ConvMAE], [MAE] are the paper and the public code
+of the methods that it builds on; [choice] is ours, where all of them are silent.
 
 Shapes: B clips, T frames, H x W pixels; N tokens, N_v of them visible and N_m masked; D the encoder's width.
 """
@@ -55,16 +55,821 @@ from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+    fcntl = resource = None
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in VideoMAE
+
+
+class CMAEVError(ValueError):
+    """A setting, a list or a call that the user can put right. One line: what was wrong, where, and what to do."""
+
+
+class BadVideo(CMAEVError):
+    """A video that cannot be read. In training another video takes its place."""
+
+
+def world_size():
+    """Number of ranks; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_rank():
+    """Number of this rank; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+# =====================================================================================================================
+# 1  Tokens and tube mask
+# =====================================================================================================================
+
+
+def normalize(clips):
+    """Values in 0 to 255 [B, T, 3, H, W] as the dataset gives them -> float32 [B, 3, T, H, W] as the models take it."""
+    channels = zip(clips.unbind(2), MEAN, STD)
+    return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=1)
+
+
+def to_unit_range(clips):
+    """The inverse of `normalize`, up to the order of axes: [B, 3, T, H, W] -> the same with values in [0, 1]."""
+    return torch.stack([channel * std + mean for channel, mean, std in zip(clips.unbind(1), MEAN, STD)], dim=1)
+
+
+def token_grid(frames, size, tubelet, patch):
+    """Clip geometry -> token grid (T / tubelet, H / patch, W / patch). `size` is H = W or (H, W)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if frames % tubelet or height % patch or width % patch:
+        raise CMAEVError(f"a clip of {frames} frames of {height}x{width} pixels does not divide into cubes of "
+                         f"{tubelet} frames of {patch}x{patch}: choose multiples")
+    return frames // tubelet, height // patch, width // patch
+
+
+def cubes(clip, grid, indices=None):
+    """Cuts a clip into cubes, one per token: [B, 3, T, H, W] -> [B, N, values], values in order (t, h, w, channel).
+
+    With token indices [B, K], only those cubes: [B, K, values].
+    """
+    (t, h, w), (frames, height, width) = grid, clip.shape[2:]
+    x = clip.reshape(-1, 3, t, frames // t, h, height // h, w, width // w).permute(0, 2, 4, 6, 3, 5, 7, 1)
+    if indices is None:
+        return x.flatten(4).flatten(1, 3)
+    batch = torch.arange(len(clip), device=clip.device)[:, None]
+    return x[batch, indices // (h * w), indices // w % h, indices % w].flatten(2)
+
+
+def uncubes(x, grid, size):
+    """The inverse of `cubes`: [B, N, values] -> [B, 3, T, H, W], size (T, H, W)."""
+    (t, h, w), (frames, height, width) = grid, size
+    x = x.reshape(-1, t, h, w, frames // t, height // h, width // w, 3)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, 3, frames, height, width)
+
+
+def tube_mask(batch, grid, ratio, generator=None):
+    """One random spatial mask per clip, repeated over time [VideoMAE] -> bool [batch, N], True = masked.
+
+    `grid` is the encoder's (T', H', W'), N = T' H' W'; of the H' W' positions, int(ratio H' W') are masked.
+    """
+    time_steps, positions = grid[0], grid[1] * grid[2]
+    masked = int(ratio * positions)
+    if not 0 < masked < positions:
+        raise CMAEVError(f"mask ratio {ratio} masks {masked} of {positions} positions: it must mask some, not all")
+    rank = torch.rand(batch, positions, generator=generator).argsort(dim=1).argsort(dim=1)
+    return (rank < masked).repeat(1, time_steps)
+
+
+@torch.compiler.disable
+def visible_and_masked(mask, device=None):
+    """bool [B, N] -> token indices int64 of the visible [B, N_v] and the masked [B, N_m], ascending, on `device`.
+
+    A mask on the CPU costs no synchronisation with a GPU: the host knows the counts, and the indices are copied from
+    pinned memory.
+    """
+    masked = mask.sum(dim=1).tolist()
+    if len(set(masked)) > 1:
+        raise CMAEVError(f"a mask hides {min(masked)} to {max(masked)} tokens: all clips of a batch must have the same")
+    indices = mask.byte().argsort(dim=1, stable=True)
+    if device is not None and device.type == "cuda" and not mask.is_cuda:
+        indices = indices.pin_memory()
+    return indices.to(device or mask.device, non_blocking=True).split([mask.shape[1] - masked[0], masked[0]], dim=1)
+
+
+def gather_tokens(tokens, indices):
+    """The tokens of the given indices: [B, N, ...], [B, K] -> [B, K, ...]."""
+    return tokens.gather(1, indices.view(*indices.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:]))
+
+
+# =====================================================================================================================
+# 2  Encoders
+# =====================================================================================================================
+
+
+def sincos_table(tokens, width):
+    """VideoMAE's fixed 1-D sine-cosine positions over the flattened token index -> float32 [1, tokens, width].
+
+    Channel j of position n is sin (j even) or cos (j odd) of n / 10000^(2 (j // 2) / width).
+    """
+    n, j = np.arange(tokens)[:, None], np.arange(width)[None]
+    angle = n / 10000 ** (2 * (j // 2) / width)
+    return torch.from_numpy(np.where(j % 2, np.cos(angle), np.sin(angle))).float()[None]
+
+
+class CubeEmbed(nn.Module):
+    """A Conv3d whose stride is its kernel, on whole cubes: [..., values (t, h, w, channel)] -> [..., width].
+
+    The weight has the convolution's shape, as in VideoMAE's files; the computation is one matrix product.
+    """
+
+    def __init__(self, width, cube):
+        super().__init__()
+        self.proj = nn.Conv3d(3, width, cube, stride=cube)
+
+    def forward(self, x):
+        return F.linear(x, self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear, four times as wide inside."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: [B, N, D] -> [B, N, D]. `drop_path` is the rate at which a clip skips a branch."""
+
+    def __init__(self, width, heads, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width)
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def init_weights(module):
+    """Xavier-uniform matrices and zero biases [VideoMAE]."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """What all encoders share. encoder(clip [B, 3, T, H, W], mask=None) -> tokens [B, N_v or N, D].
+
+    `mask` is bool [B, N] (True = masked), or the visible indices int64 [B, N_v] of `visible_and_masked`; without one
+    all N tokens are computed. Tokens come in the order (time, row, column).
+    A new encoder is a subclass with `forward` and `layers`, and a line in ENCODERS.
+    """
+
+    def __init__(self, width, frames, size, tubelet, patch):
+        super().__init__()
+        self.width, self.grid, self.cube = width, token_grid(frames, size, tubelet, patch), (tubelet, patch, patch)
+        self.register_buffer("positions", sincos_table(math.prod(self.grid), width), persistent=False)
+
+    def check(self, clip, mask=None):
+        """Raises CMAEVError for a clip or a bool mask of another shape than the encoder is built for."""
+        shape = [3, *(n * side for n, side in zip(self.grid, self.cube))]
+        if list(clip.shape[1:]) != shape:
+            raise CMAEVError(f"clip [B, 3, T, H, W] is {list(clip.shape)}, the encoder is built for {shape}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(clip), math.prod(self.grid))):
+            raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, the encoder takes bool [B, N], here "
+                             f"{[len(clip), math.prod(self.grid)]} (tube_mask)")
+
+    def visible_cubes(self, clip, mask):
+        """-> cubes [B, N_v, values], positions [B, N_v, D] and indices [B, N_v] of the visible tokens.
+
+        Without a mask: of all N tokens, and None for the indices.
+        """
+        if mask is None or mask.dtype != torch.int64:
+            self.check(clip, mask)
+            mask = None if mask is None else visible_and_masked(mask, clip.device)[0]
+        positions = self.positions.expand(len(clip), -1, -1)
+        return cubes(clip, self.grid, mask), positions if mask is None else gather_tokens(positions, mask), mask
+
+
+class VisionTransformer(Encoder):
+    """VideoMAE's ViT: cube embedding, fixed positions, pre-norm blocks; no class token."""
+
+    def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16, drop_path=0.0):
+        super().__init__(width, frames, size, tubelet, patch)
+        self.patch_embed = CubeEmbed(width, self.cube)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # as a matrix [MAE]
+        self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in np.linspace(0, drop_path, depth).tolist())
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(init_weights)
+
+    def forward(self, clip, mask=None):
+        x, positions, _ = self.visible_cubes(clip, mask)
+        x = self.patch_embed(x) + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def layers(self):
+        """The layers of layer-wise learning-rate decay, input first [VideoMAE]."""
+        return [self.patch_embed, *self.blocks]
+
+
+# ConvViT's stages 1 and 2 hold s x s pixels of features per token, [B, N_v, s, s, C]: s = 4, then 2
+
+
+def tokens_to_map(x, grid, visible=None):
+    """Pixels of visible tokens -> the whole map, zero where masked: [B, N_v, s, s, C] -> [B, C, T', H' s, W' s].
+
+    In memory the channels come last: oneDNN's depthwise convolution then takes a third of the time.
+    """
+    if visible is not None:
+        everywhere = x.new_zeros(x.shape[0], math.prod(grid), *x.shape[2:])
+        x = everywhere.scatter(1, visible[..., None, None, None].expand_as(x), x)
+    return x.unflatten(1, grid).transpose(3, 4).flatten(4, 5).flatten(2, 3).movedim(-1, 1)
+
+
+def map_to_tokens(x, grid):
+    """The inverse of `tokens_to_map` without a mask: [B, C, T', H' s, W' s] -> [B, N, s, s, C]."""
+    return x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).permute(0, 2, 3, 5, 4, 6, 1).flatten(1, 3)
+
+
+def merge_2x2(x):
+    """Joins 2 x 2 neighbouring pixels inside each token: [B, N_v, s, s, C] -> [B, N_v, s / 2, s / 2, 4 C]."""
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4)
+
+
+def tube_windows(x, grid, visible, border):
+    """Each visible tube with the pixels around it: [B, N_v, s, s, C] -> [C, B, T', N_v / T', (s + 2 border)^2].
+
+    With s = 2 and a border of 2, the window of the tube x, whose left neighbour v is visible too:
+
+        . . . . . .
+        . . . . . .      . masked: zero
+        v v x x . .
+        v v x x . .      the 5 x 5 pixels around each x lie inside the window
+        . . . . . .
+        . . . . . .
+    """
+    batch, side, window = len(x), x.shape[2], x.shape[2] + 2 * border
+    tubes = visible[:, :visible.shape[1] // grid[0]]  # their positions in the first time step
+    # 1. number the visible pixels of one time step from 1, and lay the numbers out as a map: 0 where masked
+    index_map = torch.arange(1, tubes.shape[1] * side**2 + 1, device=x.device).view(1, -1, side, side, 1)
+    index_map = tokens_to_map(index_map.expand(batch, -1, -1, -1, -1), (1, *grid[1:]), tubes)[:, 0, 0]
+    # 2. cut the map into windows, and keep those of the visible tubes
+    windows = F.pad(index_map, 4 * (border,)).unfold(1, window, side).unfold(2, window, side).flatten(1, 2)
+    windows = gather_tokens(windows, tubes).flatten(1)  # [B, N_v / T' window^2]
+    # 3. fetch the numbered pixels at each time step; number 0 is a zero in front of them
+    pixels = F.pad(x.unflatten(1, (grid[0], -1)).movedim(-1, 0).flatten(3), (1, 0))  # [C, B, T', 1 + N_v / T' s^2]
+    return pixels.gather(3, windows[None, :, None].expand(*pixels.shape[:3], -1)).unflatten(3, (-1, window**2))
+
+
+class ConvBlock(nn.Module):
+    """ConvMAE's masked convolution block on the pixels of visible tokens: [B, N_v, s, s, C] -> the same.
+
+    All layers but one are pointwise and need no masked position. The depthwise convolution sees zeros there.
+    """
+
+    def __init__(self, width, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-5)
+        self.conv1 = nn.Linear(width, width)
+        self.depthwise = nn.Conv3d(width, width, 5, padding=2, groups=width)
+        self.conv2 = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-5)
+        self.mlp = MLP(width)
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def depthwise_conv(self, x, grid, visible):
+        """The depthwise 5 x 5 x 5 convolution at the visible positions: [B, N_v, s, s, C] -> the same.
+
+        With a mask it runs as matrix products on windows: the kernel, applied to each one-pixel image, gives the matrix
+        from a window's pixels to the tube's own, for each of the 5 time steps that the kernel reaches.
+        On a CPU in float32: oneDNN's bf16 gradient of a depthwise kernel is wrong with channels last (torch 2.15).
+        """
+        with torch.autocast("cpu", enabled=False):
+            x = x.float() if x.device.type == "cpu" else x
+            if visible is None:
+                return map_to_tokens(self.depthwise(tokens_to_map(x, grid)), grid)
+            batch, time_steps, side, channels = len(x), grid[0], x.shape[2], x.shape[4]
+            windows, pixels = tube_windows(x, grid, visible, border=2), (side + 4) ** 2
+            one_pixel_images = torch.eye(pixels, device=x.device).view(-1, 1, side + 4, side + 4)
+            matrices = F.conv2d(one_pixel_images, self.depthwise.weight.view(-1, 1, 5, 5)).view(pixels, channels, -1)
+            parts = windows.flatten(1, 3) @ matrices.transpose(0, 1)  # [C, B N_v, 5 s^2]
+            parts = parts.view(channels, batch, time_steps, -1, 5, side, side).unbind(4)
+            moved = (F.pad(part, (0, 0, 0, 0, 0, 0, 2 - i, i - 2)) for i, part in enumerate(parts)  # by time steps
+                     if abs(2 - i) < time_steps)
+            return sum(moved).flatten(2, 3).movedim(0, -1) + self.depthwise.bias
+
+    def forward(self, x, grid, visible):
+        x = x + self.drop_path(self.conv2(self.depthwise_conv(self.conv1(self.norm1(x)), grid, visible)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ConvViT(Encoder):
+    """ConvMAE's hybrid encoder for video: two stages of masked convolutions, then ViT blocks.
+
+    A patch embedding's stride is its kernel, so that it is a matrix product inside each token. For video [choice]: the
+    tubelet sits in the first embedding, the depthwise kernel is 3-D; grid, positions and tube mask are the ViT's.
+    `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's pre-training; its fine-tuning leaves that out.
+    """
+
+    def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True, drop_path=0.0):
+        super().__init__(widths[2], frames, size, tubelet, patch)
+        if patch % 4:
+            raise CMAEVError(f"patch size {patch}: ConvViT halves it twice and needs a multiple of 4")
+        self.patch_embed1 = CubeEmbed(widths[0], (tubelet, patch // 4, patch // 4))
+        self.patch_embed2 = nn.Linear(4 * widths[0], widths[1])
+        self.patch_embed3 = nn.Linear(4 * widths[1], widths[2])
+        self.patch_embed4 = nn.Linear(widths[2], widths[2])
+        self.embed_norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-5) for width in widths)
+        rates = iter(np.linspace(0, drop_path, sum(depths)).tolist())
+        self.blocks1 = nn.ModuleList(ConvBlock(widths[0], next(rates)) for _ in range(depths[0]))
+        self.blocks2 = nn.ModuleList(ConvBlock(widths[1], next(rates)) for _ in range(depths[1]))
+        self.blocks3 = nn.ModuleList(Block(widths[2], heads, next(rates)) for _ in range(depths[2]))
+        self.fusion1 = nn.Linear(16 * widths[0], widths[2]) if fusion else None
+        self.fusion2 = nn.Linear(4 * widths[1], widths[2]) if fusion else None
+        self.norm = nn.LayerNorm(widths[2], eps=1e-6)
+        for module in (self.patch_embed3, self.patch_embed4, self.blocks3):
+            module.apply(init_weights)  # all other layers are convolutions with PyTorch's initialisation [ConvMAE]
+
+    def forward(self, clip, mask=None):
+        x, positions, visible = self.visible_cubes(clip, mask)
+        tubelet, patch, _ = self.cube
+        x = x.unflatten(-1, (tubelet, 4, patch // 4, 4, patch // 4, 3)).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+
+        stage1 = F.gelu(self.embed_norms[0](self.patch_embed1(x)))  # [B, N_v, 4, 4, C1]
+        for block in self.blocks1:
+            stage1 = block(stage1, self.grid, visible)
+
+        stage2 = F.gelu(self.embed_norms[1](self.patch_embed2(merge_2x2(stage1))))  # [B, N_v, 2, 2, C2]
+        for block in self.blocks2:
+            stage2 = block(stage2, self.grid, visible)
+
+        stage3 = F.gelu(self.embed_norms[2](self.patch_embed3(merge_2x2(stage2)))).flatten(1, 3)  # [B, N_v, D]
+        stage3 = self.patch_embed4(stage3) + positions
+        for block in self.blocks3:
+            stage3 = block(stage3)
+
+        if self.fusion1 is not None:
+            stage3 = stage3 + self.fusion1(stage1.flatten(2)) + self.fusion2(stage2.flatten(2))
+        return self.norm(stage3)
+
+    @torch.compiler.disable
+    def check(self, clip, mask=None):
+        """As Encoder.check; raises CMAEVError also for a mask that is not the same at every time step."""
+        super().check(clip, mask)
+        if mask is not None and not (tubes := mask.unflatten(1, (self.grid[0], -1))).eq(tubes[:, :1]).all():
+            raise CMAEVError("ConvViT computes whole tubes: its mask must be the same at every time step (tube_mask)")
+
+    def layers(self):
+        """The layers of layer-wise learning-rate decay: everything before stage 3 is one [ConvMAE]."""
+        return [nn.ModuleList([self.patch_embed1, self.patch_embed2, self.patch_embed3, self.patch_embed4,
+                               self.embed_norms, self.blocks1, self.blocks2]), *self.blocks3]
+
+
+ENCODERS = {  # name: class, sizes
+    "vit_tiny": (VisionTransformer, dict(width=192, depth=6, heads=3)),  # [choice], for the demo
+    "vit_small": (VisionTransformer, dict(width=384, depth=12, heads=6)),
+    "vit_base": (VisionTransformer, dict(width=768, depth=12, heads=12)),
+    "vit_large": (VisionTransformer, dict(width=1024, depth=24, heads=16)),
+    "convvit_tiny": (ConvViT, dict(widths=(48, 96, 192), depths=(1, 1, 5), heads=3, fusion=True)),  # [choice]
+    "convvit_base": (ConvViT, dict(widths=(256, 384, 768), depths=(2, 2, 11), heads=12, fusion=True)),
+}
+
+
+def build_encoder(name, fusion=True, **geometry):
+    """An encoder of ENCODERS for clips of a geometry: frames, size, tubelet, patch.
+
+    `fusion` False leaves out the multi-scale fusion of an encoder that has it.
+    """
+    if name not in ENCODERS:
+        raise CMAEVError(f"no encoder {name!r}: there are {', '.join(ENCODERS)}")
+    encoder, sizes = ENCODERS[name]
+    return encoder(**sizes | geometry | ({} if fusion or "fusion" not in sizes else {"fusion": False}))
+
+
+# =====================================================================================================================
+# 3  Decoder and heads
+# =====================================================================================================================
+
+
+class PixelDecoder(nn.Module):
+    """VideoMAE's light decoder: decoder(tokens [B, N_v, D], visible [B, N_v], masked [B, N_m]) -> cubes [B, N_m, values].
+
+    Half of the encoder's width and 64 channels per head, which is VideoMAE's decoder for small, base and large.
+    """
+
+    def __init__(self, encoder, depth=4):
+        super().__init__()
+        width, values = encoder.width // 2, 3 * math.prod(encoder.cube)
+        self.embed = nn.Linear(encoder.width, width, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.register_buffer("positions", sincos_table(math.prod(encoder.grid), width), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, values)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)  # [choice] predictions start near the mean, the loss near 1
+
+    def forward(self, tokens, visible, masked):
+        positions = self.positions.expand(len(tokens), -1, -1)
+        x = torch.cat([self.embed(tokens) + gather_tokens(positions, visible),
+                       self.mask_token + gather_tokens(positions, masked)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, -masked.shape[1]:]))
+
+
+class AllReduce(torch.autograd.Function):
+    """Sum over ranks, forward and backward, on every backend.
+
+    torch's SyncBatchNorm refuses CPU tensors, and torch.distributed.nn.functional cannot be compiled.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllReduce.forward(ctx, grad)
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm with the statistics of the batch of all ranks: [B, C] -> [B, C] in float32.
+
+    Only pre-training uses it, so it keeps no running statistics.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def mean(self, x):
+        x = x.mean(dim=0)
+        return AllReduce.apply(x) / world_size() if world_size() > 1 else x
+
+    def forward(self, x):
+        centred = x.float() - self.mean(x.float())
+        return centred * (self.mean(centred.square()) + 1e-5).rsqrt() * self.weight + self.bias
+
+
+class ProjectionHead(nn.Sequential):
+    """Projector and predictor: Linear, BatchNorm, ReLU, Linear without bias [CMAE]. [B, in] -> [B, out]."""
+
+    def __init__(self, width_in, hidden, width_out):
+        super().__init__(nn.Linear(width_in, hidden), GlobalBatchNorm(hidden), nn.ReLU(),
+                         nn.Linear(hidden, width_out, bias=False))
+        self.apply(init_weights)
+
+
+# =====================================================================================================================
+# 4  Losses, in float32 under AMP too
+# =====================================================================================================================
+
+
+def standardize(x):
+    """Standardises the pixels of each cube per channel [VideoMAE]: [..., values] -> the same, mean and std [..., 1, 3].
+
+    The cubes are normalised; the unbiased standard deviation gets VideoMAE's 1e-6, which is in units of [0, 1].
+    """
+    pixels = x.unflatten(-1, (-1, 3))
+    std, mean = torch.std_mean(pixels, dim=-2, keepdim=True)
+    std = torch.stack([s + 1e-6 / scale for s, scale in zip(std.unbind(-1), STD)], dim=-1)
+    return ((pixels - mean) / std).flatten(-2), mean, std
+
+
+def reconstruction_loss(prediction, clip, masked, grid):
+    """Equation 7: mean squared error between predicted and standardised masked cubes -> float32 scalar.
+
+    prediction [B, N_m, values]; clip [B, 3, T, H, W], normalised; masked indices [B, N_m]; grid (T', H', W').
+    """
+    return F.mse_loss(prediction.float(), standardize(cubes(clip, grid, masked))[0])
+
+
+def gather_over_ranks(x):
+    """The rows of all ranks, without gradient: [B, C] -> [B * world, C]."""
+    if world_size() == 1:
+        return x
+    rows = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(rows, x.contiguous())
+    return torch.cat(rows)
+
+
+def info_nce(query, key, temperature):
+    """Equations 4 and 5: cosine similarities, and the cross-entropy of finding one's own key among all ranks' keys.
+
+    query, key [B, C], row i of both from the same video -> loss, top-1 accuracy of the finding; float32 scalars.
+    """
+    query, keys = F.normalize(query.float(), dim=1), gather_over_ranks(F.normalize(key.float(), dim=1))
+    with torch.autocast(query.device.type, enabled=False):
+        similarity = query @ keys.T / temperature  # [B, B * world]
+    own = torch.arange(len(query), device=query.device) + len(query) * this_rank()
+    return F.cross_entropy(similarity, own), (similarity.argmax(dim=1) == own).float().mean()
+
+
+# =====================================================================================================================
+# 5  CMAE-V
+# =====================================================================================================================
+
+
+class CMAEV(nn.Module):
+    """The whole method. model(online, target, mask) -> float32 scalars: loss, reconstruction, contrast, accuracy.
+
+    online, target [B, 3, T, H, W] normalised clips; mask bool [B, N], best left on the CPU (see visible_and_masked).
+    `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): target is then None, and there is no target
+    branch. Geometry (frames, size, tubelet, patch) and fusion are the encoder's.
+    """
+
+    def __init__(self, encoder="vit_base", contrast_weight=0.14, temperature=0.07, **geometry):
+        super().__init__()
+        self.contrast_weight, self.temperature = contrast_weight, temperature
+        self.encoder = build_encoder(encoder, **geometry)
+        self.decoder = PixelDecoder(self.encoder)
+        if contrast_weight:
+            width = self.encoder.width
+            self.projector = ProjectionHead(width, 2 * width, 256)  # 768 -> 1536 -> 256 [CMAE]
+            self.predictor = ProjectionHead(256, 2 * width, 256)
+            self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
+            self.target_projector = deepcopy(self.projector).requires_grad_(False)
+
+    def forward(self, online, target, mask):
+        self.encoder.check(online, mask)
+        visible, masked = visible_and_masked(mask, online.device)  # the token indices of x^v and x^m
+        tokens = self.encoder(online, visible)  # equation 1
+        prediction = self.decoder(tokens, visible, masked)  # equation 6
+        reconstruction = reconstruction_loss(prediction, online, masked, self.encoder.grid)  # equation 7
+        if not self.contrast_weight:
+            zero = torch.zeros_like(reconstruction)
+            return dict(loss=reconstruction, reconstruction=reconstruction, contrast=zero, accuracy=zero)
+
+        if target is None or len(online) * world_size() < 2:
+            raise CMAEVError("the contrastive branch needs a target clip, the shape of the online one, and two or more "
+                             "clips in the global batch: give both, or contrast_weight=0")
+        feature = tokens.mean(dim=1)  # equation 2, without the feature decoder (section 3)
+        with torch.no_grad():
+            target_feature = self.target_encoder(target).mean(dim=1)  # equation 3
+            key = self.target_projector(target_feature)
+        query = self.predictor(self.projector(feature))
+        contrast, accuracy = info_nce(query, key, self.temperature)  # equations 4 and 5
+        loss = reconstruction + self.contrast_weight * contrast  # equation 8
+        return dict(loss=loss, reconstruction=reconstruction, contrast=contrast, accuracy=accuracy)
+
+    @torch.no_grad()
+    def update_target(self, momentum):
+        """theta_t <- momentum theta_t + (1 - momentum) theta_s, after every optimiser step."""
+        if self.contrast_weight:
+            target = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
+            source = [*self.encoder.parameters(), *self.projector.parameters()]
+            torch._foreach_lerp_(target, source, 1 - momentum)
+
+    @torch.no_grad()
+    def reconstruct(self, clip, mask):
+        """Normalised clip [B, 3, T, H, W] and mask -> four clips of the same shape, in [0, 1]:
+
+        original; masked, in ImageNet's mean colour; mean colour of each masked cube; reconstruction. The model predicts
+        standardised cubes, so the reconstruction takes each cube's mean and standard deviation from the original.
+        """
+        x, (visible, masked) = cubes(clip, self.encoder.grid), visible_and_masked(mask, clip.device)
+        prediction = self.decoder(self.encoder(clip, visible), visible, masked).float()
+        _, mean, std = standardize(gather_tokens(x, masked))
+        pixels = prediction.unflatten(-1, (-1, 3))
+        fills = [torch.zeros_like(pixels), mean.expand_as(pixels), pixels * std + mean]
+        rows = [x, *(x.scatter(1, masked[..., None].expand_as(prediction), fill.flatten(-2)) for fill in fills)]
+        return [to_unit_range(uncubes(row, self.encoder.grid, clip.shape[2:])).clamp(0, 1) for row in rows]
+
+
+# =====================================================================================================================
+# 6  The two views
+# =====================================================================================================================
+
+
+def seed_of(*key):
+    """Non-negative integers -> one well-mixed 64-bit seed."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@contextlib.contextmanager
+def seeded(*key):
+    """torch's CPU generator, seeded from the integers `key` inside the block and as it was after it.
+
+    It is the global one because torchvision's transforms draw from that.
+    """
+    with torch.random.fork_rng(devices=[]):
+        yield torch.default_generator.manual_seed(seed_of(*key))
+
+
+def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
+    """Frame numbers of the two views of one video (paper, section 3) -> (online, target), int64 [frames] each.
+
+    Online: t1 + i * rate for i in 0 .. frames - 1. Target: the same plus delta, uniform on {0, ..., max_shift}. t1 is
+    uniform over every start at which both views fit. A shorter video is continued by its last frame [VideoMAE].
+    """
+    if min(num_frames, frames, rate) < 1 or max_shift < 0:
+        raise CMAEVError(f"num_frames {num_frames}, frames {frames} and rate {rate} have to be 1 or more, max_shift "
+                         f"{max_shift} 0 or more")
+    delta = torch.randint(max_shift + 1, (), generator=generator)
+    starts = num_frames - ((frames - 1) * rate + int(delta))
+    t1 = torch.randint(max(starts, 1), (), generator=generator)
+    online = t1 + rate * torch.arange(frames)
+    return online.clamp(max=num_frames - 1), (online + delta).clamp(max=num_frames - 1)
+
+
+def multi_scale_crop(height, width, generator=None):
+    """One random crop -> (top, left, height, width) in pixels [VideoMAE's multi-scale crop].
+
+    Its sides are two scales of the short side, at most one step apart; its place is one of 13: the corners, the
+    centre, the middles of the edges and the quarter points of the free room.
+    """
+    sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
+    sizes = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+    places = [(y, x) for y in range(5) for x in range(5) if y % 2 == x % 2]  # in quarters of the free room
+    h, w = sizes[torch.randint(len(sizes), (), generator=generator)]
+    y, x = places[torch.randint(len(places), (), generator=generator)]
+    return (height - h) * y // 4, (width - w) * x // 4, h, w
+
+
+def draw_colors():
+    """Draws one clip's colour augmentation of the target view [CMAE] -> float32 [11]: matrix 3x3, contrast, sigma.
+
+    ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2, Gaussian blur of sigma 0.1 to 2 with 0.5.
+    All but the blur are linear in a colour: brightness, contrast, saturation and hue are composed in this order to one
+    matrix [choice]; torchvision draws the order and clamps after each. Grey is a saturation of 0.
+    """
+    brightness = contrast = saturation = torch.ones(())
+    hue, sigma = torch.zeros(()), torch.tensor(0.01)  # so small a blur changes nothing
+    if torch.rand(()) < 0.8:
+        brightness, contrast, saturation = 1 + 0.4 * (2 * torch.rand(3) - 1)
+        hue = 0.1 * (2 * torch.rand(()) - 1)
+    if torch.rand(()) < 0.2:
+        saturation = torch.zeros(())
+    if torch.rand(()) < 0.5:
+        sigma = 0.1 + 1.9 * torch.rand(())
+    return color_map(brightness, contrast, saturation, hue, sigma)
+
+
+def color_map(brightness, contrast, saturation, hue, sigma):
+    """Factors as torchvision's, hue in turns, sigma in pixels; scalars -> float32 [11], see draw_colors."""
+    yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+    cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
+    turn = torch.eye(3)
+    turn[1:, 1:] = torch.stack([cos, sin, -sin, cos]).view(2, 2)  # of the IQ plane, by -2 pi hue
+    saturate = torch.lerp(yiq[:1].expand(3, 3), torch.eye(3), saturation)
+    matrix = brightness * contrast * yiq.inverse() @ turn @ yiq @ saturate
+    return torch.cat([matrix.flatten(), torch.stack([brightness * (1 - contrast), sigma])])
+
+
+LUMA = 0.299, 0.587, 0.114  # of red, green and blue
+
+
+def augment_colors(clips, colors):
+    """Applies each clip's colours to all of its frames: uint8 [B, T, 3, S, S], float32 [B, 11] -> float32, 0 to 255.
+
+    Contrast adds a part of the clip's mean luma, the same to each channel. Nothing waits for the device.
+    """
+    matrix, contrast, sigma = colors.split([9, 1, 1], dim=1)
+    x = clips.flatten(3).float()  # [B, T, 3, S^2]
+    luma = sum(weight * mean for weight, mean in zip(LUMA, x.mean(dim=(1, 3)).unbind(1)))  # [B]
+    per_frame = lambda values: values.repeat_interleave(clips.shape[1], dim=0)
+    x = torch.baddbmm(per_frame((contrast[:, 0] * luma).view(-1, 1, 1)), per_frame(matrix.view(-1, 3, 3)), x.flatten(0, 1))
+    return blur(x.clamp_(0, 255).view_as(clips), sigma)
+
+
+def blur(x, sigma):
+    """Gaussian blur of 13 taps: [B, T, 3, S, S], sigma [B, 1] in pixels -> the same; at an edge, of the taps inside.
+
+    One matrix product over the rows and one over the columns.
+    """
+    pixel = torch.arange(x.shape[-1], device=x.device)
+    distance = (pixel[:, None] - pixel).abs()
+    distance = distance.where(distance <= 6, math.inf)
+    matrix = (-(distance / sigma[..., None]).square() / 2).softmax(dim=-1)  # [B, S, S]
+    for _ in range(2):
+        x = (x.mT.flatten(1, 3) @ matrix.mT).view_as(x)
+    return x
+
+
+def replaced_if_bad(sample, videos, seed, key, log):
+    """sample(index, *key) for key (epoch, index) or, while that video is bad, of another one -> sample, whether another.
+
+    The other video is drawn from (seed, epoch, index, attempt). Each bad video is named in the file `log`.
+    Raises CMAEVError when ten videos in a row are bad: then it is not the videos.
+    """
+    (epoch, index), reason = epoch_and_index(key, videos), ""
+    for attempt in range(10):
+        if attempt:
+            key = epoch, key[1], attempt
+            with seeded(seed, *key) as generator:
+                index = int(torch.randint(len(videos), (), generator=generator))
+        try:
+            return sample(index, *key), attempt > 0
+        except BadVideo as error:
+            reason = last_line(error)
+            name_bad_video(videos[index][0], reason, log)
+    raise CMAEVError(f"ten videos in a row cannot be read, the last one: {reason}")
+
+
+def name_bad_video(path, reason, log=None):
+    """Prints a bad video and adds it to `log`, a file of JSON lines that all workers share, unless it is there."""
+    if log:
+        with open(log, "a+") as file:
+            if fcntl:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if any(json.loads(line)["path"] == path for line in file):
+                return
+            print(json.dumps(dict(path=path, reason=reason)), file=file)
+    print(f"bad video: {reason}", flush=True)
+
+
+def epoch_and_index(key, videos):
+    """The key of a sample. Raises CMAEVError where it is not (epoch, index)."""
+    if not isinstance(key, tuple) or len(key) != 2 or key[0] < 0 or not 0 <= key[1] < len(videos):
+        raise CMAEVError(f"no sample {key}: ask for dataset[epoch, index], epoch from 0, index 0 to {len(videos) - 1}")
+    return key
+
+
+class PretrainClips(Dataset):
+    """The two views of each video and their tube mask: a sample is a pure function of (seed, epoch, index).
+
+    `videos` is read_list's; `grid` the encoder's token grid. `repeats` clips, each with its own start, shift, crop and
+    mask, come out of one opened video [mae_st]. dataset[epoch, index] is a dict, R = repeats, S = size:
+        online  uint8 [R, T, 3, S, S]   the view to be masked
+        target  uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
+        colors  float32 [R, 11]         the target's colour augmentation (draw_colors)
+        mask    bool [R, N]             True = masked
+        replaced  bool [R]              whether another video took the place of a bad one, which the file `log` names
+    """
+
+    def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
+                 two_views=True, log=None):
+        tube_mask(1, grid, mask_ratio)  # raises CMAEVError for a ratio that hides nothing or all
+        self.videos, self.grid, self.mask_ratio, self.repeats, self.seed = videos, grid, mask_ratio, repeats, seed
+        self.frames, self.rate, self.max_shift, self.size, self.two_views = frames, rate, max_shift, size, two_views
+        self.log = log
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, key):
+        sample, replaced = replaced_if_bad(self.sample, self.videos, self.seed, key, self.log)
+        return sample | {"replaced": torch.full((self.repeats,), replaced)}
+
+    def sample(self, index, *key):
+        path, _ = self.videos[index]
+        video = Video(path)
+        with bad_video(path, "cropped and resized"), seeded(self.seed, *key) as generator:
+            shifted = lambda: temporal_shift_indices(len(video), self.frames, self.rate, self.max_shift, generator)
+            indices = torch.stack([torch.stack(shifted()) for _ in range(self.repeats)])  # [R, 2, T]
+            if not self.two_views:
+                indices = indices[:, :1]
+            frames = video.frames(indices.flatten())  # one decoding pass for all of them
+            views = torch.stack([self.crop([frames[i] for i in clip.flatten().tolist()], generator).unflatten(
+                0, clip.shape) for clip in indices])  # [R, 2, T, 3, S, S]
+            sample = {"online": views[:, 0], "mask": tube_mask(self.repeats, self.grid, self.mask_ratio, generator)}
+            if self.two_views:
+                sample.update(target=views[:, 1], colors=torch.stack([draw_colors() for _ in range(self.repeats)]))
+        return sample
+
+    def crop(self, frames, generator):
+        """The frames of a clip's views under one random crop: n times uint8 [H, W, 3] -> [n, 3, S, S]."""
+        top, left, height, width = multi_scale_crop(*frames[0].shape[:2], generator)
+        views = torch.stack([frame[top:top + height, left:left + width] for frame in frames]).movedim(-1, 1)
+        return v2.functional.resize(views, [self.size, self.size], antialias=True)
+
+
+# =====================================================================================================================
+# 7  Video files
+# =====================================================================================================================
+
+
 VIDEO_SUFFIXES = set(
     ".mp4 .m4v .mov .qt .3gp .3g2 .f4v .mkv .webm .avi .divx .mpg .mpeg .mpe .m1v .m2v .mpv .vob .ts .mts .m2t .m2ts "
     ".flv .wmv .asf .ogv .ogm .mxf .gif .apng .y4m .mjpeg .mjpg .rm .rmvb .dv .nut .ivf .obu .h264 .264 .hevc .h265 "
@@ -87,14 +892,6 @@ MAX_KEPT = 2**28  # of decoded frames, of a file that is decoded from the start
 MAX_SECONDS = 60  # for one file
 
 
-class CMAEVError(ValueError):
-    """A setting, a list or a call that the user can put right. One line: what was wrong, where, and what to do."""
-
-
-class BadVideo(CMAEVError):
-    """A video that cannot be read. In training another video takes its place."""
-
-
 @contextlib.contextmanager
 def bad_video(path, what):
     """Turns whatever a library raises inside the block into BadVideo: "path: cannot be {what}: its message"."""
@@ -111,11 +908,6 @@ def last_line(error):
     """The last line of an error's message, without the traceback that a worker process puts before it."""
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     return line.removeprefix("cmaev.CMAEVError: ").removeprefix("cmaev.BadVideo: ")
-
-
-# =====================================================================================================================
-# 1  Video in
-# =====================================================================================================================
 
 
 class Video:
@@ -424,7 +1216,10 @@ def _read_list_file(path):
     if "\0" in text:
         raise CMAEVError(f"{path}: is no text: give a list with one `path label` per line")
     in_folder = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
-    listed = lambda name: os.path.basename(name) in in_folder(os.path.dirname(name) or ".")  # one query per folder
+
+    def listed(name):  # asks the file system once per folder
+        folder, name = os.path.split(name)
+        return name in in_folder(folder or ".")
     for number, line in enumerate(text.split("\n"), 1):
         if not (line := line.strip()):
             continue
@@ -463,795 +1258,6 @@ def check_readable(videos):
         except BadVideo as error:
             errors.append(error)
     raise errors[0]
-
-
-def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
-    """Frame numbers of the two views of one video (paper, section 3) -> (online, target), int64 [frames] each.
-
-    Online: t1 + i * rate for i in 0 .. frames - 1. Target: the same plus delta, uniform on {0, ..., max_shift}. t1 is
-    uniform over every start at which both views fit. A shorter video is continued by its last frame [VideoMAE].
-    """
-    if min(num_frames, frames, rate) < 1 or max_shift < 0:
-        raise CMAEVError(f"num_frames {num_frames}, frames {frames} and rate {rate} have to be 1 or more, max_shift "
-                         f"{max_shift} 0 or more")
-    delta = torch.randint(max_shift + 1, (), generator=generator)
-    starts = num_frames - ((frames - 1) * rate + int(delta))
-    t1 = torch.randint(max(starts, 1), (), generator=generator)
-    online = t1 + rate * torch.arange(frames)
-    return online.clamp(max=num_frames - 1), (online + delta).clamp(max=num_frames - 1)
-
-
-def multi_scale_crop(height, width, generator=None):
-    """One random crop -> (top, left, height, width) in pixels [VideoMAE's multi-scale crop].
-
-    Its sides are two scales of the short side, at most one step apart; its place is one of 13: the corners, the
-    centre, the middles of the edges and the quarter points of the free room.
-    """
-    sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
-    sizes = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
-    places = [(y, x) for y in range(5) for x in range(5) if y % 2 == x % 2]  # in quarters of the free room
-    h, w = sizes[torch.randint(len(sizes), (), generator=generator)]
-    y, x = places[torch.randint(len(places), (), generator=generator)]
-    return (height - h) * y // 4, (width - w) * x // 4, h, w
-
-
-def seed_of(*key):
-    """Non-negative integers -> one well-mixed 64-bit seed."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-@contextlib.contextmanager
-def seeded(*key):
-    """torch's CPU generator, seeded from the integers `key` inside the block and as it was after it.
-
-    It is the global one because torchvision's transforms draw from that.
-    """
-    with torch.random.fork_rng(devices=[]):
-        yield torch.default_generator.manual_seed(seed_of(*key))
-
-
-def grey(x):
-    """Luma of RGB: [..., 3, S, S] -> [..., 1, S, S]."""
-    r, g, b = x.unbind(-3)
-    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(-3)
-
-
-def turn_hue(x, part):
-    """Turns the hue of RGB by a part of the full circle.
-
-    With h the hue in sixths, red, green and blue are max - (max - min) f(h + 5), f(h + 3), f(h + 1), where f(k) is
-    min(k, 4 - k) of k modulo 6, kept within 0 and 1.
-    """
-    r, g, b = x.unbind(-3)
-    most, spread = x.amax(-3), x.amax(-3) - x.amin(-3)
-    unit = spread.clamp(min=1e-6)
-    h = torch.where(most == r, (g - b) / unit, torch.where(most == g, (b - r) / unit + 2, (r - g) / unit + 4))
-    h = h + 6 * part.squeeze(-3)
-    k = torch.stack([h + 5, h + 3, h + 1], dim=-3) % 6
-    return most.unsqueeze(-3) - spread.unsqueeze(-3) * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def blur(x, sigma):
-    """Gaussian blur of 13 taps, by a matrix product over rows and one over columns; at an edge, of the taps inside."""
-    pixel = torch.arange(x.shape[-1], device=x.device)
-    distance = (pixel[:, None] - pixel).abs()
-    distance = distance.where(distance <= 6, math.inf)
-    matrix = (-(distance / sigma.flatten(1)[..., None]).square() / 2).softmax(dim=-1)  # [B, S, S]
-    for _ in range(2):
-        x = (x.mT.flatten(1, 3) @ matrix.mT).view_as(x)
-    return x
-
-
-COLOR_OPERATIONS = (  # of clips [B, T, 3, S, S] with amounts [B, 1, 1, 1, 1], as torchvision defines them
-    lambda x, brightness: (brightness * x).clamp(0, 255),
-    lambda x, contrast: torch.lerp(grey(x).mean(dim=(-2, -1), keepdim=True), x, contrast).clamp(0, 255),
-    lambda x, saturation: torch.lerp(grey(x), x, saturation).clamp(0, 255),
-    turn_hue,
-    blur,
-)
-
-
-def draw_colors():
-    """One clip's draw of the target view's colour augmentation [CMAE] -> float32 [6, 2]: operations, one after the
-    other, by their number in COLOR_OPERATIONS (-1: none), and their amounts."""
-    draw = torch.full((6, 2), -1.0)
-    if torch.rand(()) < 0.8:  # ColorJitter(0.4, 0.4, 0.4, 0.1)
-        order, amounts = torch.randperm(4), torch.tensor([0.4, 0.4, 0.4, 0.1]) * (2 * torch.rand(4) - 1)
-        draw[:4] = torch.stack([order, (torch.tensor([1, 1, 1, 0]) + amounts)[order]], dim=1)
-    if torch.rand(()) < 0.2:
-        draw[4] = torch.tensor([2, 0])  # grey: a saturation of 0
-    if torch.rand(()) < 0.5:
-        draw[5] = torch.tensor([4, 0.1 + 1.9 * torch.rand(())])
-    return draw
-
-
-def augment_colors(clips, draws, operations=COLOR_OPERATIONS):
-    """Each clip by its draw, all frames alike: uint8 [B, T, 3, S, S], float32 [B, 6, 2] -> float32, in 0 to 255.
-
-    Six times, all clips that have the same operation to come go through it together: on a GPU hundreds of kernels
-    a step instead of a hundred a clip; fewer with `operations` compiled. With draws on the CPU nothing waits for the
-    device.
-    """
-    clips = clips.float()
-    for step in draws.unbind(dim=1):
-        for number, operation in enumerate(operations):
-            rows = (step[:, 0] == number).nonzero()[:, 0]
-            if len(rows):
-                rows, amounts = to_device(rows, clips.device), to_device(step[rows, 1], clips.device)
-                clips[rows] = operation(clips[rows], amounts.view(-1, 1, 1, 1, 1))
-    return clips
-
-
-def to_device(x, device):
-    """A tensor on a device; from the CPU to a GPU through pinned memory, without waiting for it."""
-    if x.device.type == "cpu" and device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
-
-
-def replaced_if_bad(sample, videos, seed, key, log):
-    """sample(index, *key) for key (epoch, index) or, while that video is bad, of another one -> sample, whether another.
-
-    The other video is drawn from (seed, epoch, index, attempt). Each bad video is named in the file `log`.
-    Raises CMAEVError when ten videos in a row are bad: then it is not the videos.
-    """
-    (epoch, index), reason = epoch_and_index(key, videos), ""
-    for attempt in range(10):
-        if attempt:
-            key = epoch, key[1], attempt
-            with seeded(seed, *key) as generator:
-                index = int(torch.randint(len(videos), (), generator=generator))
-        try:
-            return sample(index, *key), attempt > 0
-        except BadVideo as error:
-            reason = last_line(error)
-            name_bad_video(videos[index][0], reason, log)
-    raise CMAEVError(f"ten videos in a row cannot be read, the last one: {reason}")
-
-
-def name_bad_video(path, reason, log=None):
-    """Prints a bad video and adds it to `log`, a file of JSON lines that all workers share, unless it is there."""
-    if log:
-        with open(log, "a+") as file:
-            if fcntl:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            if any(json.loads(line)["path"] == path for line in file):
-                return
-            print(json.dumps(dict(path=path, reason=reason)), file=file)
-    print(f"bad video: {reason}", flush=True)
-
-
-def epoch_and_index(key, videos):
-    """The key of a sample. Raises CMAEVError where it is not (epoch, index)."""
-    if not isinstance(key, tuple) or len(key) != 2 or key[0] < 0 or not 0 <= key[1] < len(videos):
-        raise CMAEVError(f"no sample {key}: ask for dataset[epoch, index], epoch from 0, index 0 to {len(videos) - 1}")
-    return key
-
-
-class PretrainClips(Dataset):
-    """The two views of each video and their tube mask: a sample is a pure function of (seed, epoch, index).
-
-    `videos` is read_list's; `grid` the encoder's token grid. `repeats` clips, each with its own start, shift, crop and
-    mask, come out of one opened video [mae_st]. dataset[epoch, index] is a dict, R = repeats, S = size:
-        online  uint8 [R, T, 3, S, S]   the view to be masked
-        target  uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
-        colors  float32 [R, 6, 2]       draws of the target's colour augmentation (draw_colors)
-        mask    bool [R, N]             True = masked
-        replaced  bool [R]              whether another video took the place of a bad one, which the file `log` names
-    """
-
-    def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
-                 two_views=True, log=None):
-        tube_mask(1, grid, mask_ratio)  # raises CMAEVError for a ratio that hides nothing or all
-        self.videos, self.grid, self.mask_ratio, self.repeats, self.seed = videos, grid, mask_ratio, repeats, seed
-        self.frames, self.rate, self.max_shift, self.size, self.two_views = frames, rate, max_shift, size, two_views
-        self.log = log
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, key):
-        sample, replaced = replaced_if_bad(self.sample, self.videos, self.seed, key, self.log)
-        return sample | {"replaced": torch.full((self.repeats,), replaced)}
-
-    def sample(self, index, *key):
-        path, _ = self.videos[index]
-        video = Video(path)
-        with bad_video(path, "cropped and resized"), seeded(self.seed, *key) as generator:
-            shifted = lambda: temporal_shift_indices(len(video), self.frames, self.rate, self.max_shift, generator)
-            indices = torch.stack([torch.stack(shifted()) for _ in range(self.repeats)])  # [R, 2, T]
-            if not self.two_views:
-                indices = indices[:, :1]
-            frames = video.frames(indices.flatten())  # one decoding pass for all of them
-            views = torch.stack([self.crop([frames[i] for i in clip.flatten().tolist()], generator).unflatten(
-                0, clip.shape) for clip in indices])  # [R, 2, T, 3, S, S]
-            sample = {"online": views[:, 0], "mask": tube_mask(self.repeats, self.grid, self.mask_ratio, generator)}
-            if self.two_views:
-                sample.update(target=views[:, 1], colors=torch.stack([draw_colors() for _ in range(self.repeats)]))
-        return sample
-
-    def crop(self, frames, generator):
-        """The frames of a clip's views under one random crop: n times uint8 [H, W, 3] -> [n, 3, S, S]."""
-        top, left, height, width = multi_scale_crop(*frames[0].shape[:2], generator)
-        views = torch.stack([frame[top:top + height, left:left + width] for frame in frames]).movedim(-1, 1)
-        return v2.functional.resize(views, [self.size, self.size], antialias=True)
-
-
-def normalize(clips):
-    """Values in 0 to 255 [B, T, 3, H, W] as the dataset gives them -> float32 [B, 3, T, H, W] as the models take it."""
-    channels = zip(clips.unbind(2), MEAN, STD)
-    return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=1)
-
-
-def to_unit_range(clip):
-    """Undoes `normalize`: float [B, 3, T, H, W] -> the same with values in [0, 1]."""
-    return torch.stack([channel * std + mean for channel, mean, std in zip(clip.unbind(1), MEAN, STD)], dim=1)
-
-
-# =====================================================================================================================
-# 2  Tube mask
-# =====================================================================================================================
-
-
-def tube_mask(batch, grid, ratio, generator=None):
-    """One random spatial mask a clip, repeated over time [VideoMAE] -> bool [batch, N], True = masked.
-
-    `grid` is the encoder's (T', H', W'), N = T' H' W'; of the H' W' positions, int(ratio H' W') are masked.
-    """
-    time_steps, positions = grid[0], grid[1] * grid[2]
-    masked = int(ratio * positions)
-    if not 0 < masked < positions:
-        raise CMAEVError(f"mask ratio {ratio} masks {masked} of {positions} positions: it must hide some, not all")
-    rank = torch.rand(batch, positions, generator=generator).argsort(dim=1).argsort(dim=1)
-    return (rank < masked).repeat(1, time_steps)
-
-
-@torch.compiler.disable
-def split_tokens(mask, device=None):
-    """bool [B, N] -> token numbers in token order, on `device`: visible [B, N_v], masked [B, N_m].
-
-    A mask on the CPU costs no synchronisation with the device: the counts are known to the host, and the numbers
-    travel from pinned memory.
-    """
-    counts = mask.sum(dim=1).tolist()
-    if len(set(counts)) > 1:
-        raise CMAEVError(f"a mask hides {min(counts)} to {max(counts)} tokens: all clips of a batch must have the same")
-    numbers = to_device(mask.byte().argsort(dim=1, stable=True), device or mask.device)
-    return numbers.split([mask.shape[1] - counts[0], counts[0]], dim=1)
-
-
-@torch.compiler.disable
-def check_tubes(mask, time_steps):
-    """Raises CMAEVError where a mask bool [B, N] is not the same at every time step."""
-    tubes = mask.unflatten(1, (time_steps, -1))
-    if not torch.equal(tubes, tubes[:, :1].expand_as(tubes)):
-        raise CMAEVError("ConvViT computes whole tubes: its mask must be the same at every time step (tube_mask)")
-
-
-def take(tokens, numbers):
-    """The tokens of the given numbers: [B, N, ...], [B, K] -> [B, K, ...]."""
-    return tokens.gather(1, numbers.view(*numbers.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:]))
-
-
-# =====================================================================================================================
-# 3  Encoders
-# =====================================================================================================================
-
-def token_grid(frames, size, tubelet, patch):
-    """Clip geometry -> grid (T / tubelet, H / patch, W / patch). `size` is H = W or (H, W)."""
-    height, width = (size, size) if isinstance(size, int) else size
-    if frames % tubelet or height % patch or width % patch:
-        raise CMAEVError(f"a clip of {frames} frames of {height}x{width} pixels does not divide into cubes of "
-                         f"{tubelet} frames of {patch}x{patch}: choose multiples")
-    return frames // tubelet, height // patch, width // patch
-
-
-def cubes(clip, grid, numbers=None):
-    """Cuts a clip into cubes, one a token: [B, 3, T, H, W] -> [B, N, values], in order (t, h, w, channel).
-
-    With token numbers [B, K], only those: [B, K, values].
-    """
-    (t, h, w), (frames, height, width) = grid, clip.shape[2:]
-    x = clip.reshape(-1, 3, t, frames // t, h, height // h, w, width // w).permute(0, 2, 4, 6, 3, 5, 7, 1)
-    if numbers is None:
-        return x.flatten(4).flatten(1, 3)
-    clips = torch.arange(len(clip), device=clip.device)[:, None]
-    return x[clips, numbers // (h * w), numbers // w % h, numbers % w].flatten(2)
-
-
-def uncubes(x, grid, size):
-    """The inverse of `cubes`: [B, N, values] -> [B, 3, T, H, W], size (T, H, W)."""
-    (t, h, w), (frames, height, width) = grid, size
-    x = x.reshape(-1, t, h, w, frames // t, height // h, width // w, 3)
-    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, 3, frames, height, width)
-
-
-def sincos_table(tokens, width):
-    """VideoMAE's fixed 1-D sine-cosine positions over the flattened token number -> float32 [1, tokens, width].
-
-    Channel j of position n is sin (j even) or cos (j odd) of n / 10000^(2 (j // 2) / width).
-    """
-    n, j = np.arange(tokens)[:, None], np.arange(width)[None]
-    angle = n / 10000 ** (2 * (j // 2) / width)
-    return torch.from_numpy(np.where(j % 2, np.cos(angle), np.sin(angle))).float()[None]
-
-
-class CubeEmbed(nn.Module):
-    """A Conv3d whose stride is its kernel, over whole cubes: [..., values (t, h, w, channel)] -> [..., width].
-
-    Kept as the convolution that VideoMAE's files hold, computed as the matrix that it is.
-    """
-
-    def __init__(self, width, cube):
-        super().__init__()
-        self.proj = nn.Conv3d(3, width, cube, stride=cube)
-
-    def forward(self, x):
-        return F.linear(x, self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1), self.proj.bias)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention: [B, N, D] -> [B, N, D]."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """Linear, GELU, Linear, four times as wide inside."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: [B, N, D] -> [B, N, D]. `drop_path` is the rate at which a clip skips a branch."""
-
-    def __init__(self, width, heads, drop_path=0.0):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width)
-        self.drop_path = StochasticDepth(drop_path, "row")
-
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def init_weights(module):
-    """Xavier-uniform matrices and zero biases [VideoMAE]."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-class Encoder(nn.Module):
-    """What both encoders share: their geometry, and clip and mask -> the cubes, positions and numbers to be seen."""
-
-    def __init__(self, width, frames, size, tubelet, patch):
-        super().__init__()
-        self.width, self.grid, self.cube = width, token_grid(frames, size, tubelet, patch), (tubelet, patch, patch)
-        self.register_buffer("positions", sincos_table(math.prod(self.grid), width), persistent=False)
-
-    def visible(self, clip, mask):
-        """Without a mask, all N tokens; with one, the N_v visible -> cubes [B, N_v, values], positions [B, N_v, D],
-        token numbers [B, N_v] (None without a mask)."""
-        if clip.shape[1:] != (3, *(n * side for n, side in zip(self.grid, self.cube))):
-            raise CMAEVError(f"clip [B, 3, T, H, W] is {list(clip.shape)}, the encoder is built for "
-                             f"{[3, *(n * side for n, side in zip(self.grid, self.cube))]}")
-        positions = self.positions.expand(len(clip), -1, -1)
-        if mask is None:
-            return cubes(clip, self.grid), positions, None
-        if mask.dtype != torch.bool or mask.shape != positions.shape[:2]:
-            raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, the encoder takes bool [B, N], here "
-                             f"{list(positions.shape[:2])} (tube_mask)")
-        numbers = split_tokens(mask, clip.device)[0]
-        return cubes(clip, self.grid, numbers), take(positions, numbers), numbers
-
-
-class VisionTransformer(Encoder):
-    """VideoMAE's ViT: cube embedding, fixed positions, pre-norm blocks; no class token.
-
-    encoder(clip [B, 3, T, H, W], mask [B, N] or None) -> tokens [B, N_v or N, D] in token order (time, row, column).
-    """
-
-    def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16, drop_path=0.0):
-        super().__init__(width, frames, size, tubelet, patch)
-        self.patch_embed = CubeEmbed(width, self.cube)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # as a matrix [MAE]
-        self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in np.linspace(0, drop_path, depth).tolist())
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.apply(init_weights)
-
-    def forward(self, clip, mask=None):
-        x, positions, _ = self.visible(clip, mask)
-        x = self.patch_embed(x) + positions
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-    def layers(self):
-        """The layers of layer-wise learning-rate decay, input first: the embedding, then each block."""
-        return [self.patch_embed, *self.blocks]
-
-
-def spread(x, grid, numbers):
-    """Pixels of visible tokens -> the whole map, zero where masked: [B, N_v, s, s, C] -> [B, C, T', H' s, W' s].
-
-    In memory the channels come last: oneDNN's depthwise convolution then takes a third of the time.
-    """
-    if numbers is not None:
-        whole = x.new_zeros(x.shape[0], math.prod(grid), *x.shape[2:])
-        x = whole.scatter(1, numbers[..., None, None, None].expand_as(x), x)
-    return x.unflatten(1, grid).transpose(3, 4).flatten(4, 5).flatten(2, 3).movedim(-1, 1)
-
-
-def collect(x, grid):
-    """The inverse of `spread` without a mask: [B, C, T', H' s, W' s] -> [B, N, s, s, C]."""
-    return x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).permute(0, 2, 3, 5, 4, 6, 1).flatten(1, 3)
-
-
-def windows(x, grid, numbers, reach):
-    """Each visible cube with the pixels around it, zero where masked: [B, N_v, s, s, C] ->
-    [C, B, T', N_v / T', (s + 2 reach)^2]."""
-    clips, side, window = len(x), x.shape[2], x.shape[2] + 2 * reach
-    tubes = numbers[:, :numbers.shape[1] // grid[0]]
-    places = torch.arange(1, tubes.shape[1] * side**2 + 1, device=x.device)  # of the visible pixels; 0: masked
-    places = spread(places.view(1, -1, side, side, 1).expand(clips, -1, -1, -1, -1), (1, *grid[1:]), tubes)[:, 0, 0]
-    around = F.pad(places, 4 * (reach,)).unfold(1, window, side).unfold(2, window, side).flatten(1, 2)
-    around = take(around, tubes).flatten(1)  # [B, N_v / T' (s + 2 reach)^2]
-    pixels = F.pad(x.unflatten(1, (grid[0], -1)).movedim(-1, 0).flatten(3), (1, 0))  # [C, B, T', 1 + N_v / T' s^2]
-    return pixels.gather(3, around[None, :, None].expand(*pixels.shape[:3], -1)).unflatten(3, (-1, window**2))
-
-
-def merge(x):
-    """Joins 2 x 2 neighbours inside each token: [B, N_v, s, s, C] -> [B, N_v, s / 2, s / 2, 4 C]."""
-    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4)
-
-
-class ConvBlock(nn.Module):
-    """ConvMAE's masked convolution block on the pixels of visible tokens: [B, N_v, s, s, C], the same out.
-
-    Every layer but one is pointwise, so masked positions need no computing. The depthwise convolution mixes positions,
-    with zeros where masked: it runs in windows around the visible tubes.
-    """
-
-    def __init__(self, width, drop_path=0.0):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-5)
-        self.conv1 = nn.Linear(width, width)
-        self.depthwise = nn.Conv3d(width, width, 5, padding=2, groups=width)
-        self.conv2 = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-5)
-        self.mlp = MLP(width)
-        self.drop_path = StochasticDepth(drop_path, "row")
-
-    def mix(self, x, grid, numbers):
-        """The depthwise convolution at the visible positions: [B, N_v, s, s, C] -> the same.
-
-        With a mask, as matrix products: the kernel, applied to an image of one pixel for every pixel of a window, gives
-        the matrix of a cube's part in each of the 5 time steps around it. On a CPU in float32: oneDNN's bf16 gradient
-        of a depthwise kernel is wrong when the channels come last in memory (torch 2.15), and no faster.
-        """
-        with torch.autocast("cpu", enabled=False):
-            x = x.float() if x.device.type == "cpu" else x
-            if numbers is None:
-                return collect(self.depthwise(spread(x, grid, None)), grid)
-            clips, time_steps, side, channels = len(x), grid[0], x.shape[2], x.shape[4]
-            views, pixels = windows(x, grid, numbers, reach=2), (side + 4) ** 2
-            images = torch.eye(pixels, device=x.device).view(-1, 1, side + 4, side + 4)
-            matrices = F.conv2d(images, self.depthwise.weight.view(-1, 1, 5, 5)).view(pixels, channels, -1)
-            parts = views.flatten(1, 3) @ matrices.transpose(0, 1)  # [C, B N_v, 5 s^2]
-            parts = parts.view(channels, clips, time_steps, -1, 5, side, side).unbind(4)
-            shifted = (F.pad(part, (0, 0, 0, 0, 0, 0, 2 - i, i - 2)) for i, part in enumerate(parts)  # in time
-                       if abs(2 - i) < time_steps)
-            mixed = sum(shifted).flatten(2, 3)  # [C, B, N_v, s, s]
-            return mixed.movedim(0, -1) + self.depthwise.bias
-
-    def forward(self, x, grid, numbers):
-        mixed = self.mix(self.conv1(self.norm1(x)), grid, numbers)
-        x = x + self.drop_path(self.conv2(mixed))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class ConvViT(Encoder):
-    """ConvMAE's hybrid encoder for video: two stages of masked convolutions, then ViT blocks. Interface: the ViT's.
-
-    Stages 1 and 2 hold 4 x 4 and 2 x 2 pixels of features a token, laid out token by token, [B, N_v, s, s, C]: then a
-    patch embedding, whose kernel is its stride, is a matrix product inside the token. For video [choice]: the tubelet
-    sits in the first embedding, the depthwise kernel is 3-D, grid, positions and tube mask are the ViT's. A mask that
-    is not the same at every time step raises CMAEVError.
-    `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's pre-training; its fine-tuning leaves that out.
-    """
-
-    def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True, drop_path=0.0):
-        super().__init__(widths[2], frames, size, tubelet, patch)
-        if patch % 4:
-            raise CMAEVError(f"patch size {patch}: ConvViT halves it twice and needs a multiple of 4")
-        self.patch_embed1 = CubeEmbed(widths[0], (tubelet, patch // 4, patch // 4))
-        self.patch_embed2 = nn.Linear(4 * widths[0], widths[1])
-        self.patch_embed3 = nn.Linear(4 * widths[1], widths[2])
-        self.patch_embed4 = nn.Linear(widths[2], widths[2])
-        self.embed_norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-5) for width in widths)
-        rates = iter(np.linspace(0, drop_path, sum(depths)).tolist())
-        self.blocks1 = nn.ModuleList(ConvBlock(widths[0], next(rates)) for _ in range(depths[0]))
-        self.blocks2 = nn.ModuleList(ConvBlock(widths[1], next(rates)) for _ in range(depths[1]))
-        self.blocks3 = nn.ModuleList(Block(widths[2], heads, next(rates)) for _ in range(depths[2]))
-        self.fusion1 = nn.Linear(16 * widths[0], widths[2]) if fusion else None
-        self.fusion2 = nn.Linear(4 * widths[1], widths[2]) if fusion else None
-        self.norm = nn.LayerNorm(widths[2], eps=1e-6)
-        for module in (self.patch_embed3, self.patch_embed4, self.blocks3):
-            module.apply(init_weights)  # all other layers are convolutions with PyTorch's initialisation [ConvMAE]
-
-    def forward(self, clip, mask=None):
-        if mask is not None:
-            check_tubes(mask, self.grid[0])
-        x, positions, numbers = self.visible(clip, mask)
-        tubelet, patch, _ = self.cube
-        x = x.unflatten(-1, (tubelet, 4, patch // 4, 4, patch // 4, 3)).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
-
-        stage1 = F.gelu(self.embed_norms[0](self.patch_embed1(x)))  # [B, N_v, 4, 4, C1]
-        for block in self.blocks1:
-            stage1 = block(stage1, self.grid, numbers)
-
-        stage2 = F.gelu(self.embed_norms[1](self.patch_embed2(merge(stage1))))  # [B, N_v, 2, 2, C2]
-        for block in self.blocks2:
-            stage2 = block(stage2, self.grid, numbers)
-
-        stage3 = F.gelu(self.embed_norms[2](self.patch_embed3(merge(stage2)))).flatten(1, 3)  # [B, N_v, D]
-        stage3 = self.patch_embed4(stage3) + positions
-        for block in self.blocks3:
-            stage3 = block(stage3)
-
-        if self.fusion1 is not None:
-            stage3 = stage3 + self.fusion1(stage1.flatten(2)) + self.fusion2(stage2.flatten(2))
-        return self.norm(stage3)
-
-    def layers(self):
-        """The layers of layer-wise learning-rate decay: all before stage 3 is one [ConvMAE]."""
-        return [nn.ModuleList([self.patch_embed1, self.patch_embed2, self.patch_embed3, self.patch_embed4,
-                               self.embed_norms, self.blocks1, self.blocks2]), *self.blocks3]
-
-
-ENCODERS = {  # name: class, sizes
-    "vit_tiny": (VisionTransformer, dict(width=192, depth=6, heads=3)),  # [choice], for the demo
-    "vit_small": (VisionTransformer, dict(width=384, depth=12, heads=6)),
-    "vit_base": (VisionTransformer, dict(width=768, depth=12, heads=12)),
-    "vit_large": (VisionTransformer, dict(width=1024, depth=24, heads=16)),
-    "convvit_tiny": (ConvViT, dict(widths=(48, 96, 192), depths=(1, 1, 5), heads=3, fusion=True)),  # [choice]
-    "convvit_base": (ConvViT, dict(widths=(256, 384, 768), depths=(2, 2, 11), heads=12, fusion=True)),
-}
-
-
-def build_encoder(name, fusion=True, **geometry):
-    """An encoder of ENCODERS for clips of a geometry: frames, size, tubelet, patch.
-
-    `fusion` False leaves out the multi-scale fusion of an encoder that has it.
-    """
-    if name not in ENCODERS:
-        raise CMAEVError(f"no encoder {name!r}: there are {', '.join(ENCODERS)}")
-    encoder, sizes = ENCODERS[name]
-    return encoder(**sizes | geometry | ({} if fusion or "fusion" not in sizes else {"fusion": False}))
-
-
-# =====================================================================================================================
-# 4  Decoder and heads
-# =====================================================================================================================
-
-
-class PixelDecoder(nn.Module):
-    """VideoMAE's light decoder: decoder(tokens [B, N_v, D], mask [B, N]) -> predicted cubes [B, N_m, values], in order.
-
-    Half of the encoder's width and 64 channels a head, which is VideoMAE's decoder for small, base and large.
-    """
-
-    def __init__(self, encoder, depth=4):
-        super().__init__()
-        width, values = encoder.width // 2, 3 * math.prod(encoder.cube)
-        self.embed = nn.Linear(encoder.width, width, bias=False)
-        self.mask_token = nn.Parameter(torch.zeros(width))
-        self.register_buffer("positions", sincos_table(math.prod(encoder.grid), width), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, values)
-        self.apply(init_weights)
-        nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)  # [choice] starts near the mean, loss 1: saves the way down to it
-
-    def forward(self, tokens, mask):
-        visible, masked = (take(self.positions.expand(len(mask), -1, -1), numbers)
-                           for numbers in split_tokens(mask, tokens.device))
-        x = torch.cat([self.embed(tokens) + visible, self.mask_token + masked], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x[:, -masked.shape[1]:]))
-
-
-class AllReduce(torch.autograd.Function):
-    """Sum over ranks, forward and backward, on every backend."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return AllReduce.forward(ctx, grad)
-
-
-def world_size():
-    """Number of ranks; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def this_rank():
-    """Number of this rank; 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-class GlobalBatchNorm(nn.Module):
-    """Batch norm with the statistics of the batch of all ranks, on every backend: [B, C] -> [B, C] in float32.
-
-    Only pre-training uses it, so it keeps no running statistics.
-    """
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def mean(self, x):
-        x = x.mean(dim=0)
-        return AllReduce.apply(x) / world_size() if world_size() > 1 else x
-
-    def forward(self, x):
-        centred = x.float() - self.mean(x.float())
-        return centred * (self.mean(centred.square()) + 1e-5).rsqrt() * self.weight + self.bias
-
-
-class ProjectionHead(nn.Sequential):
-    """Projector and predictor: Linear, BatchNorm, ReLU, Linear without bias [CMAE]. [B, in] -> [B, out]."""
-
-    def __init__(self, width_in, hidden, width_out):
-        super().__init__(nn.Linear(width_in, hidden), GlobalBatchNorm(hidden), nn.ReLU(),
-                         nn.Linear(hidden, width_out, bias=False))
-        self.apply(init_weights)
-
-
-# =====================================================================================================================
-# 5  Losses, in float32 under AMP too
-# =====================================================================================================================
-
-
-def standardize(x):
-    """Normalised cubes, each standardised per channel [VideoMAE]: [..., values] -> the same, mean and std [..., 1, 3].
-
-    Standard deviation unbiased, with 1e-6 added to it in units of [0, 1], whatever the normalisation.
-    """
-    pixels = x.unflatten(-1, (-1, 3))
-    mean = pixels.mean(dim=-2, keepdim=True)
-    centred = pixels - mean
-    variance = centred.square().sum(dim=-2, keepdim=True) / (pixels.shape[-2] - 1)
-    std = torch.stack([s + 1e-6 / scale for s, scale in zip(variance.sqrt().unbind(-1), STD)], dim=-1)
-    return (centred / std).flatten(-2), mean, std
-
-
-def reconstruction_loss(prediction, clip, mask, grid):
-    """Equation 7: mean squared error between predicted and standardised masked cubes -> float32 scalar.
-
-    prediction [B, N_m, values]; clip [B, 3, T, H, W], normalised; mask bool [B, N]; grid (T', H', W').
-    """
-    masked = cubes(clip, grid, split_tokens(mask, clip.device)[1])
-    return F.mse_loss(prediction.float(), standardize(masked)[0])
-
-
-def gather(x):
-    """The rows of all ranks, without gradient: [B, C] -> [B * world, C]."""
-    if world_size() == 1:
-        return x
-    rows = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(rows, x.contiguous())
-    return torch.cat(rows)
-
-
-def info_nce(query, key, temperature):
-    """Equations 4 and 5: cosine similarities, and the cross-entropy of finding one's own key among all ranks' keys.
-
-    query, key [B, C], row i of both from the same video -> loss, top-1 accuracy of the finding; float32 scalars.
-    """
-    query, keys = F.normalize(query.float(), dim=1), gather(F.normalize(key.float(), dim=1))
-    with torch.autocast(query.device.type, enabled=False):
-        similarity = query @ keys.T / temperature  # [B, B * world]
-    own = torch.arange(len(query), device=query.device) + len(query) * this_rank()
-    return F.cross_entropy(similarity, own), (similarity.argmax(dim=1) == own).float().mean()
-
-
-# =====================================================================================================================
-# 6  CMAE-V
-# =====================================================================================================================
-
-
-class CMAEV(nn.Module):
-    """The whole method. model(online, target, mask) -> float32 scalars: loss, reconstruction, contrast, accuracy.
-
-    online, target [B, 3, T, H, W] normalised clips; mask bool [B, N], best left on the CPU (see split_tokens).
-    `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): the target is then None, and no target branch
-    exists. Geometry (frames, size, tubelet, patch) is the encoder's.
-    """
-
-    def __init__(self, encoder="vit_base", contrast_weight=0.14, temperature=0.07, **geometry):
-        super().__init__()
-        self.contrast_weight, self.temperature = contrast_weight, temperature
-        self.encoder = build_encoder(encoder, **geometry)
-        self.decoder = PixelDecoder(self.encoder)
-        if contrast_weight:
-            width = self.encoder.width
-            self.projector = ProjectionHead(width, 2 * width, 256)  # 768 -> 1536 -> 256 [CMAE]
-            self.predictor = ProjectionHead(256, 2 * width, 256)
-            self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
-            self.target_projector = deepcopy(self.projector).requires_grad_(False)
-
-    def forward(self, online, target, mask):
-        visible = self.encoder(online, mask)  # equation 1
-        prediction = self.decoder(visible, mask)  # equation 6
-        reconstruction = reconstruction_loss(prediction, online, mask, self.encoder.grid)  # equation 7
-        if not self.contrast_weight:
-            nothing = torch.zeros_like(reconstruction)
-            return dict(loss=reconstruction, reconstruction=reconstruction, contrast=nothing, accuracy=nothing)
-
-        if target is None or len(online) * world_size() < 2:
-            raise CMAEVError("the contrastive branch needs a target clip, the shape of the online one, and two or more "
-                             "clips in the global batch: give both, or contrast_weight=0")
-        feature = visible.mean(dim=1)  # equation 2, the feature decoder removed (section 3)
-        with torch.no_grad():
-            target_feature = self.target_encoder(target).mean(dim=1)  # equation 3
-            key = self.target_projector(target_feature)
-        query = self.predictor(self.projector(feature))
-        contrast, accuracy = info_nce(query, key, self.temperature)  # equations 4 and 5
-        loss = reconstruction + self.contrast_weight * contrast  # equation 8
-        return dict(loss=loss, reconstruction=reconstruction, contrast=contrast, accuracy=accuracy)
-
-    @torch.no_grad()
-    def update_target(self, momentum):
-        """theta_t <- momentum theta_t + (1 - momentum) theta_s, after every optimiser step."""
-        if self.contrast_weight:
-            target = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
-            source = [*self.encoder.parameters(), *self.projector.parameters()]
-            torch._foreach_lerp_(target, source, 1 - momentum)
-
-    @torch.no_grad()
-    def reconstruct(self, clip, mask):
-        """Normalised clip [B, 3, T, H, W] and mask -> original, masked, reconstructed clips, in [0, 1], same shape.
-
-        The model predicts standardised cubes: the true mean and std of each cube, and the visible cubes, are pasted in.
-        Masked pixels show ImageNet's mean colour.
-        """
-        x, numbers = cubes(clip, self.encoder.grid), split_tokens(mask, clip.device)[1]
-        prediction = self.decoder(self.encoder(clip, mask), mask).float()
-        _, mean, std = standardize(take(x, numbers))
-        filled = (prediction.unflatten(-1, (-1, 3)) * std + mean).flatten(-2)
-        numbers = numbers[..., None].expand_as(filled)
-        back = lambda x: to_unit_range(uncubes(x, self.encoder.grid, clip.shape[2:])).clamp(0, 1)
-        return back(x), back(x.scatter(1, numbers, 0.0)), back(x.scatter(1, numbers, filled))
 
 
 # =====================================================================================================================

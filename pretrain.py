@@ -198,15 +198,16 @@ def held_out_reconstruction(model, clips, s, world, device):
                                sampler=cmaev.rank_indices(clips)):
         clip, mask = cmaev.normalize(sample["online"][:, 0].to(device, non_blocking=True)), sample["mask"][:, 0]
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            prediction = model.decoder(model.encoder(clip, mask), mask)
-            loss = cmaev.reconstruction_loss(prediction, clip, mask, model.encoder.grid)
+            visible, masked = cmaev.visible_and_masked(mask, device)
+            prediction = model.decoder(model.encoder(clip, visible), visible, masked)
+            loss = cmaev.reconstruction_loss(prediction, clip, masked, model.encoder.grid)
         total += torch.stack([loss * len(clip), loss.new_tensor(len(clip))])
     loss, count = cmaev.sum_over_ranks(total).tolist()
     return loss / count
 
 
 def picture(model, clips, device, count=3, columns=8):
-    """Original, masked and reconstructed frames of the first videos, a row each -> uint8 [3, H, W]."""
+    """Frames of the first videos, a row each: original, masked, mean colours, reconstructed -> uint8 [3, H, W]."""
     samples = [clips[0, index] for index in range(min(count, len(clips)))]
     online = cmaev.normalize(torch.stack([sample["online"][0] for sample in samples]).to(device))
     rows = model.reconstruct(online, torch.stack([sample["mask"][0] for sample in samples]))
