@@ -2,11 +2,11 @@
 
 Read it beside the paper, from top to bottom. The method comes first, what it needs of files and processes after it:
 
-     1  tokens and tube mask   clips as cubes; which 90 % of them the online encoder does not see
+     1  tokens and tube mask   clips as cubes; the 90 % that the online encoder does not see
      2  encoders               ViT and ConvViT: encoder(clip, mask) -> tokens
      3  decoder and heads      pixel decoder; projector and predictor with global batch statistics
      4  losses                 equations 4, 5 and 7
-     5  CMAE-V                 equations 1 to 8 in one forward; the momentum step
+     5  CMAE-V                 equations 1 to 8 in `CMAEV.forward`; the momentum step
      6  the two views          temporal shift, crop, colours; the dataset
      7  video files            exact frames from files and folders; lists
      8  weights                this project's, VideoMAE's and Hugging Face's files in, an encoder out
@@ -14,7 +14,7 @@ Read it beside the paper, from top to bottom. The method comes first, what it ne
     10  demo                   a small labelled set of real video files, made on the spot
 
 The source of a number stands beside it: [paper], [VideoMAE], [CMAE], [ConvMAE], [MAE] are the paper and the public code
-of the methods that it builds on; [choice] is ours, where all of them are silent.
+of the methods it builds on; [choice] is ours, where all are silent.
 
 Shapes: B clips, T frames, H x W pixels; N tokens, N_v of them visible and N_m masked; D the encoder's width.
 """
@@ -69,16 +69,6 @@ class CMAEVError(ValueError):
 
 class BadVideo(CMAEVError):
     """A video that cannot be read. In training another video takes its place."""
-
-
-def world_size():
-    """Number of ranks; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def this_rank():
-    """Number of this rank; 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 # =====================================================================================================================
@@ -143,8 +133,7 @@ def tube_mask(batch, grid, ratio, generator=None):
 def visible_and_masked(mask, device=None):
     """bool [B, N] -> token indices int64 of the visible [B, N_v] and the masked [B, N_m], ascending, on `device`.
 
-    A mask on the CPU costs no synchronisation with a GPU: the host knows the counts, and the indices are copied from
-    pinned memory.
+    Nothing waits for a GPU if the mask is on the CPU: the host knows the counts, and pinned memory holds the indices.
     """
     masked = mask.sum(dim=1).tolist()
     if len(set(masked)) > 1:
@@ -242,9 +231,9 @@ def init_weights(module):
 class Encoder(nn.Module):
     """What all encoders share. encoder(clip [B, 3, T, H, W], mask=None) -> tokens [B, N_v or N, D].
 
-    `mask` is bool [B, N] (True = masked), or the visible indices int64 [B, N_v] of `visible_and_masked`; without one
-    all N tokens are computed. Tokens come in the order (time, row, column).
-    A new encoder is a subclass with `forward` and `layers`, and a line in ENCODERS.
+    `mask` is bool [B, N] (True = masked) or the visible indices int64 [B, N_v]; without one all N tokens are computed.
+    Tokens come in the order (time, row, column). A new encoder is a subclass with `forward` and `layers`, and a line in
+    ENCODERS.
     """
 
     def __init__(self, width, frames, size, tubelet, patch):
@@ -254,12 +243,12 @@ class Encoder(nn.Module):
 
     def check(self, clip, mask=None):
         """Raises CMAEVError for a clip or a bool mask of another shape than the encoder is built for."""
-        shape = [3, *(n * side for n, side in zip(self.grid, self.cube))]
-        if list(clip.shape[1:]) != shape:
-            raise CMAEVError(f"clip [B, 3, T, H, W] is {list(clip.shape)}, the encoder is built for {shape}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(clip), math.prod(self.grid))):
-            raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, the encoder takes bool [B, N], here "
-                             f"{[len(clip), math.prod(self.grid)]} (tube_mask)")
+        clip_shape = [3, *(n * side for n, side in zip(self.grid, self.cube))]
+        mask_shape = [len(clip), math.prod(self.grid)]
+        if list(clip.shape[1:]) != clip_shape:
+            raise CMAEVError(f"clip [B, 3, T, H, W] is {list(clip.shape)}, the encoder is built for {clip_shape}")
+        if mask is not None and (mask.dtype != torch.bool or list(mask.shape) != mask_shape):
+            raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, the encoder takes bool [B, N] {mask_shape}")
 
     def visible_cubes(self, clip, mask):
         """-> cubes [B, N_v, values], positions [B, N_v, D] and indices [B, N_v] of the visible tokens.
@@ -323,14 +312,13 @@ def merge_2x2(x):
 def tube_windows(x, grid, visible, border):
     """Each visible tube with the pixels around it: [B, N_v, s, s, C] -> [C, B, T', N_v / T', (s + 2 border)^2].
 
-    With s = 2 and a border of 2, the window of the tube x, whose left neighbour v is visible too:
+    With s = 1 and a border of 2, the window of the tube x, whose left neighbour v is visible too:
 
-        . . . . . .
-        . . . . . .      . masked: zero
-        v v x x . .
-        v v x x . .      the 5 x 5 pixels around each x lie inside the window
-        . . . . . .
-        . . . . . .
+        . . . . .
+        . . . . .      . masked: zero
+        . v x . .      the kernel's 5 x 5 pixels around x lie inside the window
+        . . . . .
+        . . . . .
     """
     batch, side, window = len(x), x.shape[2], x.shape[2] + 2 * border
     tubes = visible[:, :visible.shape[1] // grid[0]]  # their positions in the first time step
@@ -476,7 +464,7 @@ def build_encoder(name, fusion=True, **geometry):
 
 
 class PixelDecoder(nn.Module):
-    """VideoMAE's light decoder: decoder(tokens [B, N_v, D], visible [B, N_v], masked [B, N_m]) -> cubes [B, N_m, values].
+    """VideoMAE's decoder: decoder(tokens [B, N_v, D], visible [B, N_v], masked [B, N_m]) -> cubes [B, N_m, values].
 
     Half of the encoder's width and 64 channels per head, which is VideoMAE's decoder for small, base and large.
     """
@@ -571,15 +559,6 @@ def reconstruction_loss(prediction, clip, masked, grid):
     prediction [B, N_m, values]; clip [B, 3, T, H, W], normalised; masked indices [B, N_m]; grid (T', H', W').
     """
     return F.mse_loss(prediction.float(), standardize(cubes(clip, grid, masked))[0])
-
-
-def gather_over_ranks(x):
-    """The rows of all ranks, without gradient: [B, C] -> [B * world, C]."""
-    if world_size() == 1:
-        return x
-    rows = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(rows, x.contiguous())
-    return torch.cat(rows)
 
 
 def info_nce(query, key, temperature):
@@ -677,7 +656,7 @@ def seed_of(*key):
 
 @contextlib.contextmanager
 def seeded(*key):
-    """torch's CPU generator, seeded from the integers `key` inside the block and as it was after it.
+    """torch's global CPU generator, seeded from the integers `key` inside the block and as it was after it.
 
     It is the global one because torchvision's transforms draw from that.
     """
@@ -686,7 +665,7 @@ def seeded(*key):
 
 
 def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
-    """Frame numbers of the two views of one video (paper, section 3) -> (online, target), int64 [frames] each.
+    """Frame indices of the two views of one video (paper, section 3) -> (online, target), int64 [frames] each.
 
     Online: t1 + i * rate for i in 0 .. frames - 1. Target: the same plus delta, uniform on {0, ..., max_shift}. t1 is
     uniform over every start at which both views fit. A shorter video is continued by its last frame [VideoMAE].
@@ -704,23 +683,24 @@ def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
 def multi_scale_crop(height, width, generator=None):
     """One random crop -> (top, left, height, width) in pixels [VideoMAE's multi-scale crop].
 
-    Its sides are two scales of the short side, at most one step apart; its place is one of 13: the corners, the
+    Its sides are two scales of the short side, at most one step apart. Its position is one of 13: the corners, the
     centre, the middles of the edges and the quarter points of the free room.
     """
     sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
     sizes = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
-    places = [(y, x) for y in range(5) for x in range(5) if y % 2 == x % 2]  # in quarters of the free room
+    positions = [(y, x) for y in range(5) for x in range(5) if y % 2 == x % 2]  # in quarters of the free room
     h, w = sizes[torch.randint(len(sizes), (), generator=generator)]
-    y, x = places[torch.randint(len(places), (), generator=generator)]
+    y, x = positions[torch.randint(len(positions), (), generator=generator)]
     return (height - h) * y // 4, (width - w) * x // 4, h, w
 
 
+LUMA = 0.299, 0.587, 0.114  # of red, green and blue
+
+
 def draw_colors():
-    """Draws one clip's colour augmentation of the target view [CMAE] -> float32 [11]: matrix 3x3, contrast, sigma.
+    """Draws one clip's colour augmentation of the target view [CMAE] -> float32 [11], see color_map.
 
     ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2, Gaussian blur of sigma 0.1 to 2 with 0.5.
-    All but the blur are linear in a colour: brightness, contrast, saturation and hue are composed in this order to one
-    matrix [choice]; torchvision draws the order and clamps after each. Grey is a saturation of 0.
     """
     brightness = contrast = saturation = torch.ones(())
     hue, sigma = torch.zeros(()), torch.tensor(0.01)  # so small a blur changes nothing
@@ -728,14 +708,18 @@ def draw_colors():
         brightness, contrast, saturation = 1 + 0.4 * (2 * torch.rand(3) - 1)
         hue = 0.1 * (2 * torch.rand(()) - 1)
     if torch.rand(()) < 0.2:
-        saturation = torch.zeros(())
+        saturation = torch.zeros(())  # grey
     if torch.rand(()) < 0.5:
         sigma = 0.1 + 1.9 * torch.rand(())
     return color_map(brightness, contrast, saturation, hue, sigma)
 
 
 def color_map(brightness, contrast, saturation, hue, sigma):
-    """Factors as torchvision's, hue in turns, sigma in pixels; scalars -> float32 [11], see draw_colors."""
+    """Factors as torchvision's, hue in turns, blur in pixels; scalars -> float32 [11]: matrix 3x3, contrast, sigma.
+
+    Brightness, contrast, saturation and hue are linear in a colour. They are composed in this order [choice], and
+    augment_colors clamps once; torchvision draws the order and clamps after each.
+    """
     yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
     turn = torch.eye(3)
@@ -745,20 +729,17 @@ def color_map(brightness, contrast, saturation, hue, sigma):
     return torch.cat([matrix.flatten(), torch.stack([brightness * (1 - contrast), sigma])])
 
 
-LUMA = 0.299, 0.587, 0.114  # of red, green and blue
-
-
 def augment_colors(clips, colors):
     """Applies each clip's colours to all of its frames: uint8 [B, T, 3, S, S], float32 [B, 11] -> float32, 0 to 255.
 
     Contrast adds a part of the clip's mean luma, the same to each channel. Nothing waits for the device.
     """
-    matrix, contrast, sigma = colors.split([9, 1, 1], dim=1)
+    matrix, contrast, sigma = colors.repeat_interleave(clips.shape[1], dim=0).split([9, 1, 1], dim=1)  # per frame
     x = clips.flatten(3).float()  # [B, T, 3, S^2]
     luma = sum(weight * mean for weight, mean in zip(LUMA, x.mean(dim=(1, 3)).unbind(1)))  # [B]
-    per_frame = lambda values: values.repeat_interleave(clips.shape[1], dim=0)
-    x = torch.baddbmm(per_frame((contrast[:, 0] * luma).view(-1, 1, 1)), per_frame(matrix.view(-1, 3, 3)), x.flatten(0, 1))
-    return blur(x.clamp_(0, 255).view_as(clips), sigma)
+    offset = contrast * luma.repeat_interleave(clips.shape[1])[:, None]
+    x = torch.baddbmm(offset[..., None], matrix.view(-1, 3, 3), x.flatten(0, 1))
+    return blur(x.clamp_(0, 255).view_as(clips), sigma[::clips.shape[1]])
 
 
 def blur(x, sigma):
@@ -776,10 +757,10 @@ def blur(x, sigma):
 
 
 def replaced_if_bad(sample, videos, seed, key, log):
-    """sample(index, *key) for key (epoch, index) or, while that video is bad, of another one -> sample, whether another.
+    """sample(index, *key) for key (epoch, index) or, while that video is bad, of another video -> sample, whether so.
 
     The other video is drawn from (seed, epoch, index, attempt). Each bad video is named in the file `log`.
-    Raises CMAEVError when ten videos in a row are bad: then it is not the videos.
+    Raises CMAEVError where ten videos in a row are bad: then it is not the videos.
     """
     (epoch, index), reason = epoch_and_index(key, videos), ""
     for attempt in range(10):
@@ -795,20 +776,6 @@ def replaced_if_bad(sample, videos, seed, key, log):
     raise CMAEVError(f"ten videos in a row cannot be read, the last one: {reason}")
 
 
-def name_bad_video(path, reason, log=None):
-    """Prints a bad video and adds it to `log`, a file of JSON lines that all workers share, unless it is there."""
-    if log:
-        with open(log, "a+") as file:
-            if fcntl:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            if any(json.loads(line)["path"] == path for line in file):
-                return
-            print(json.dumps(dict(path=path, reason=reason)), file=file)
-    print(f"bad video: {reason}", flush=True)
-
-
 def epoch_and_index(key, videos):
     """The key of a sample. Raises CMAEVError where it is not (epoch, index)."""
     if not isinstance(key, tuple) or len(key) != 2 or key[0] < 0 or not 0 <= key[1] < len(videos):
@@ -816,24 +783,37 @@ def epoch_and_index(key, videos):
     return key
 
 
+def name_bad_video(path, reason, log=None):
+    """Prints a bad video and adds it to `log`, a file of JSON lines that all workers share, unless it is there."""
+    if log:
+        with open(log, "a+") as file:
+            with contextlib.suppress(OSError, AttributeError):  # a file system or a system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if any(json.loads(line)["path"] == path for line in file):
+                return
+            print(json.dumps(dict(path=path, reason=reason)), file=file)
+    print(f"bad video: {reason}", flush=True)
+
+
 class PretrainClips(Dataset):
     """The two views of each video and their tube mask: a sample is a pure function of (seed, epoch, index).
 
     `videos` is read_list's; `grid` the encoder's token grid. `repeats` clips, each with its own start, shift, crop and
     mask, come out of one opened video [mae_st]. dataset[epoch, index] is a dict, R = repeats, S = size:
-        online  uint8 [R, T, 3, S, S]   the view to be masked
-        target  uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
-        colors  float32 [R, 11]         the target's colour augmentation (draw_colors)
-        mask    bool [R, N]             True = masked
-        replaced  bool [R]              whether another video took the place of a bad one, which the file `log` names
+        online    uint8 [R, T, 3, S, S]   the view to be masked
+        target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
+        colors    float32 [R, 11]         the target's colour augmentation (draw_colors)
+        mask      bool [R, N]             True = masked
+        replaced  bool [R]                whether another video took the place of a bad one, which the file `log` names
     """
 
     def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
                  two_views=True, log=None):
-        tube_mask(1, grid, mask_ratio)  # raises CMAEVError for a ratio that hides nothing or all
+        tube_mask(1, grid, mask_ratio)  # raises CMAEVError for a ratio that masks nothing or all
         self.videos, self.grid, self.mask_ratio, self.repeats, self.seed = videos, grid, mask_ratio, repeats, seed
-        self.frames, self.rate, self.max_shift, self.size, self.two_views = frames, rate, max_shift, size, two_views
-        self.log = log
+        self.frames, self.rate, self.max_shift, self.size = frames, rate, max_shift, size
+        self.two_views, self.log = two_views, log
 
     def __len__(self):
         return len(self.videos)
@@ -846,8 +826,8 @@ class PretrainClips(Dataset):
         path, _ = self.videos[index]
         video = Video(path)
         with bad_video(path, "cropped and resized"), seeded(self.seed, *key) as generator:
-            shifted = lambda: temporal_shift_indices(len(video), self.frames, self.rate, self.max_shift, generator)
-            indices = torch.stack([torch.stack(shifted()) for _ in range(self.repeats)])  # [R, 2, T]
+            indices = torch.stack([torch.stack(temporal_shift_indices(
+                len(video), self.frames, self.rate, self.max_shift, generator)) for _ in range(self.repeats)])
             if not self.two_views:
                 indices = indices[:, :1]
             frames = video.frames(indices.flatten())  # one decoding pass for all of them
@@ -859,7 +839,7 @@ class PretrainClips(Dataset):
         return sample
 
     def crop(self, frames, generator):
-        """The frames of a clip's views under one random crop: n times uint8 [H, W, 3] -> [n, 3, S, S]."""
+        """The frames of a clip's two views under one random crop: n times uint8 [H, W, 3] -> [n, 3, S, S]."""
         top, left, height, width = multi_scale_crop(*frames[0].shape[:2], generator)
         views = torch.stack([frame[top:top + height, left:left + width] for frame in frames]).movedim(-1, 1)
         return v2.functional.resize(views, [self.size, self.size], antialias=True)
@@ -869,32 +849,30 @@ class PretrainClips(Dataset):
 # 7  Video files
 # =====================================================================================================================
 
-
 VIDEO_SUFFIXES = set(
     ".mp4 .m4v .mov .qt .3gp .3g2 .f4v .mkv .webm .avi .divx .mpg .mpeg .mpe .m1v .m2v .mpv .vob .ts .mts .m2t .m2ts "
     ".flv .wmv .asf .ogv .ogm .mxf .gif .apng .y4m .mjpeg .mjpg .rm .rmvb .dv .nut .ivf .obu .h264 .264 .hevc .h265 "
     ".265 .wtv".split())
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
-
-# Containers that hold their frames themselves: no playlists, no lists of other files
-CONTAINERS = (
+CONTAINERS = (  # those that hold their frames themselves: no playlists, no lists of other files
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,gif,apng,yuv4mpegpipe,mjpeg,jpeg_pipe,mpjpeg,rm,nut,dv,"
     "ivf,obu,h261,h263,h264,hevc,m4v,vc1,dirac,dnxhd,gxf,wtv,nsv,swf,roq,smk,flic,film_cpk,smjpeg")
 INDEXED = {"mov", "matroska"}  # those with a time for each frame
 ONE_TO_ONE = {"h264", "hevc", "av1", "vp9", "mjpeg", "prores"}  # codecs of which each packet is a frame that is shown
-
-# What a video that a stranger made may ask for: more makes it a bad one
-LOCAL = dict(protocol_whitelist="file", format_whitelist=CONTAINERS)  # no network, no other file
 ANY_METADATA = {} if int(av.__version__.split(".")[0]) > 18 else dict(metadata_errors="replace")  # PyAV 19: always
-MAX_PIXELS = 2**26  # of a frame: 8192 x 8192
-MAX_BYTES = 2**32  # of the frames of one sample, before they are cropped
-MAX_KEPT = 2**28  # of decoded frames, of a file that is decoded from the start
-MAX_SECONDS = 60  # for one file
+MAX_PIXELS, MAX_BYTES = 2**26, 2**32  # of one frame; of a sample's frames before they are cropped
+MAX_KEPT, MAX_SECONDS = 2**28, 60  # bytes of frames kept of a file without an index; to open or to read one file
+
+
+def last_line(error):
+    """The last line of an error's message, without the traceback that a worker process puts before it."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return line.removeprefix("cmaev.CMAEVError: ").removeprefix("cmaev.BadVideo: ")
 
 
 @contextlib.contextmanager
 def bad_video(path, what):
-    """Turns whatever a library raises inside the block into BadVideo: "path: cannot be {what}: its message"."""
+    """Turns what a library raises inside the block into BadVideo: "path: cannot be {what}: its message"."""
     try:
         yield
     except CMAEVError:
@@ -904,18 +882,12 @@ def bad_video(path, what):
         raise BadVideo(f"{path}: cannot be {what}: {last_line(error)}") from None
 
 
-def last_line(error):
-    """The last line of an error's message, without the traceback that a worker process puts before it."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return line.removeprefix("cmaev.CMAEVError: ").removeprefix("cmaev.BadVideo: ")
-
-
 class Video:
-    """A video as the exact sequence of frames that `ffmpeg -i path` shows.
+    """The sequence of frames that `ffmpeg -i path` shows.
 
     `path` is a file, whose best video stream is read, or a folder of JPEG or PNG frames in natural order (img_2 before
-    img_10). Where the packets of a file prove which frames it has, `read` seeks. Any other file is decoded from the
-    start, once per opened file if its frames take at most MAX_KEPT bytes.
+    img_10). Where a file's packets prove which frames it has, `read` seeks. Any other file is decoded from the start,
+    once per opened file if its frames take at most MAX_KEPT bytes.
     Raises BadVideo for what cannot be opened, has no frames, or exceeds the limits above.
     """
 
@@ -925,8 +897,8 @@ class Video:
         self.path, self.deadline = str(path), time.monotonic() + MAX_SECONDS
         with bad_video(self.path, "opened as a video"):
             if os.path.isdir(path):
-                self.images = [os.path.join(path, name) for name in sorted(os.listdir(path), key=natural_order)
-                               if is_image(name)]
+                names = filter(is_image, os.listdir(path))
+                self.images = [os.path.join(path, name) for name in sorted(names, key=natural_order)]
                 self.length = len(self.images)
             else:
                 self._open()
@@ -977,14 +949,15 @@ class Video:
 
     def _check_size(self, width, height, count=1):
         if width * height > MAX_PIXELS or 3 * width * height * count > MAX_BYTES:
-            raise BadVideo(f"{self.path}: {count} frames of {width}x{height} pixels are too large: scale the video down")
+            raise BadVideo(f"{self.path}: {count} frames of {width}x{height} pixels are too large: scale them down")
 
     def _open(self):
         self.__del__()
         if not os.path.isfile(self.path):  # no device, no pipe, no address
             raise BadVideo(f"{self.path}: cannot be opened as a video: no such file")
+        limits = dict(protocol_whitelist="file", format_whitelist=CONTAINERS)  # no network, no other file
         try:
-            self.container = av.open(f"file:{self.path}", container_options=LOCAL, timeout=MAX_SECONDS, **ANY_METADATA)
+            self.container = av.open(f"file:{self.path}", container_options=limits, timeout=MAX_SECONDS, **ANY_METADATA)
         except av.error.ArgumentError:
             raise BadVideo(f"{self.path}: cannot be opened as a video: its format is not allowed: convert it to one of "
                            f"{CONTAINERS}") from None
@@ -1009,8 +982,7 @@ class Video:
         """Finds the times of the frames and of the key frames without decoding -> whether the packets prove them.
 
         Proof [choice]: a container with a time per frame, a codec with a frame per packet, a key frame that is first in
-        both orders, distinct times, rising decoding times, no damage up to the end. Packets that an edit list discards
-        are decoded but not shown.
+        both orders, distinct times, rising decoding times, no damage. Packets that an edit list discards are not shown.
         """
         codec, packets, decoding = self.codec.codec.canonical_name, [], -math.inf
         if self.container.format.name.split(",")[0] not in INDEXED or codec not in ONE_TO_ONE:
@@ -1026,9 +998,8 @@ class Video:
         except av.error.FFmpegError:
             return False
         times = [time for time, _, _ in packets]
-        key_first = bool(packets) and packets[0][0] == min(times) and packets[0][1]
-        decoding_times = self.codec.has_b_frames and times == sorted(times)  # the frames are reordered, the times not
-        if not key_first or len(set(times)) < len(times) or decoding_times:
+        unordered = self.codec.has_b_frames and times == sorted(times)  # the frames are reordered, the times are not
+        if unordered or len(set(times)) < len(times) or not times or times[0] > min(times) or not packets[0][1]:
             return False
         self.times = sorted(time for time, _, discard in packets if not discard)
         self.keys = sorted(time for time, key, _ in packets if key)
@@ -1038,11 +1009,9 @@ class Video:
     def _has_idr(self, data):
         """Whether an H.264 packet of mp4 or Matroska (units behind their lengths) has a slice of type 5, IDR."""
         at, length_bytes = 0, (self.codec.extradata[4] & 3) + 1 if len(self.codec.extradata or b"") > 4 else 4
-        while at + length_bytes < len(data):
-            if data[at + length_bytes] & 31 == 5:
-                return True
+        while at + length_bytes < len(data) and data[at + length_bytes] & 31 != 5:
             at += length_bytes + int.from_bytes(data[at:at + length_bytes], "big")
-        return False
+        return at + length_bytes < len(data)
 
     def _seek_and_decode(self, wanted):
         """Pairs (index, image) of the wanted frames: each run of them is decoded once, from the key frame before it.
@@ -1051,10 +1020,11 @@ class Video:
         the times that follow have to be in the index and to rise.
         """
         position, asked, left = {t: i for i, t in enumerate(self.times)}, {self.times[i] for i in wanted}, deque(wanted)
+        key_before = lambda i: self.keys[bisect_right(self.keys, self.times[i]) - 1]
         self._check_size(*self.size, len(wanted))
         with contextlib.suppress(av.error.FFmpegError):
             while left:
-                key, last = self._key_before(left[0]), None
+                key, last = key_before(left[0]), None
                 self.container.seek(key, stream=self.stream)
                 for frame in self._decode(asked):
                     i = position.get(frame.pts, -1)
@@ -1067,17 +1037,10 @@ class Video:
                     last = i
                     if i == left[0]:
                         yield left.popleft(), self._to_rgb(frame)
-                    if not left or self._saves_decoding(self._key_before(left[0]), i):
-                        break
+                    if not left or key_before(left[0]) > self.times[min(i + 16, self.length - 1)]:
+                        break  # a decoder can be 16 frames ahead of what it shows: a nearer key frame saves nothing
                 else:
                     return
-
-    def _key_before(self, i):
-        return self.keys[bisect_right(self.keys, self.times[i]) - 1]
-
-    def _saves_decoding(self, key, i):
-        """Whether `key` is further from frame i than the 16 frames that a decoder can be ahead of what it shows."""
-        return key > self.times[min(i + 16, self.length - 1)]
 
     def _decode(self, asked):
         """Yields the frames from here to the end. Skips unreferenced frames whose time is not in `asked`."""
@@ -1088,13 +1051,12 @@ class Video:
 
     def _decode_from_start(self):
         """All frames, as FFmpeg's command line decodes: it leaves out what is damaged, and a broken end is the end."""
-        def packets():
-            with contextlib.suppress(av.error.FFmpegError):
-                yield from self._packets()
-            yield None
-
         self._open()
-        for packet in packets():
+        packets, packet = self._packets(), self
+        while packet is not None:
+            packet = None  # at the end or after an error: the decoder gives what it still holds
+            with contextlib.suppress(av.error.FFmpegError):
+                packet = next(packets, None)
             with contextlib.suppress(av.error.FFmpegError):
                 yield from self.codec.decode(packet)
 
@@ -1102,8 +1064,7 @@ class Video:
         """Counts the frames by decoding them, and keeps them unless they are too large."""
         self.times, self.kept, self.length, kept_bytes = None, [], 0, 0
         for self.length, frame in enumerate(self._decode_from_start(), 1):
-            if self.length == 1:
-                self.size = frame.width, frame.height
+            self.size = (frame.width, frame.height) if self.length == 1 else self.size
             kept_bytes += sum(plane.buffer_size for plane in frame.planes)
             if kept_bytes <= MAX_KEPT:
                 self.kept.append(frame)
@@ -1143,19 +1104,13 @@ def natural_order(name):
     return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))]
 
 
-
 HIDDEN = {"@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
-          "__pycache__"}  # beside names that begin with a dot
-
-
-def is_hidden(name):
-    """Whether file managers, NAS boxes and notebooks leave entries of this name in folders."""
-    return name.startswith(".") or name in HIDDEN
+          "__pycache__"}  # what file managers, NAS boxes and notebooks leave, beside names that begin with a dot
 
 
 def is_image(name):
     """Whether a file of this name is a frame of a folder of frames."""
-    return not is_hidden(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def read_list(path):
@@ -1169,12 +1124,9 @@ def read_list(path):
     Raises CMAEVError, with the line's number, for a bad line or a path that does not exist.
     """
     path = os.fspath(path)
-    if os.path.isdir(path):
-        videos = _read_folder(path)
-    elif os.path.isfile(path):
-        videos = _read_list_file(path)
-    else:
+    if not os.path.exists(path):
         raise CMAEVError(f"{path}: no such list or folder: give a text file, one `path label` per line, or a folder")
+    videos = _read_folder(path) if os.path.isdir(path) else _read_list_file(path)
     if not videos:
         raise CMAEVError(f"{path}: no videos in it: give one `path label` per line, or a folder of video files")
     return videos
@@ -1186,7 +1138,7 @@ def _read_folder(root):
     def videos_in(folder, above=()):
         videos, others, above = [], [], (*above, os.path.realpath(folder))
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if is_hidden(entry.name):
+            if entry.name.startswith(".") or entry.name in HIDDEN:
                 continue
             if entry.is_dir():
                 videos += videos_in(entry.path, above) if os.path.realpath(entry.path) not in above else []
@@ -1200,11 +1152,14 @@ def _read_folder(root):
 
     videos = videos_in(root)
     in_class = {path: os.path.relpath(path, root).split(os.sep) for path in videos}
-    classes = sorted({parts[0] for parts in in_class.values() if len(parts) > 1})
-    label = {name: number for number, name in enumerate(classes)}
-    if left_out and this_rank() == 0:
-        print(f"{root}: {len(left_out)} files are not videos and are left out, for example {left_out[0]}")
+    names = sorted({parts[0] for parts in in_class.values() if len(parts) > 1})
+    label = {name: i for i, name in enumerate(names)}
+    if left_out:
+        print0(f"{root}: {len(left_out)} files are not videos and are left out, for example {left_out[0]}")
     return [(path, label[parts[0]] if len(parts) > 1 else None) for path, parts in in_class.items()]
+
+
+PATH_AND_NUMBER = re.compile(r"(.*[^\s,])[\s,]+(-?\d+)", re.DOTALL)
 
 
 def _read_list_file(path):
@@ -1220,6 +1175,7 @@ def _read_list_file(path):
     def listed(name):  # asks the file system once per folder
         folder, name = os.path.split(name)
         return name in in_folder(folder or ".")
+
     for number, line in enumerate(text.split("\n"), 1):
         if not (line := line.strip()):
             continue
@@ -1240,9 +1196,6 @@ def _read_list_file(path):
     return videos
 
 
-PATH_AND_NUMBER = re.compile(r"(.*[^\s,])[\s,]+(-?\d+)", re.DOTALL)
-
-
 def subset(videos, count, seed):
     """The first `count` videos of a seeded shuffle; all of them for 0."""
     with seeded(seed) as generator:
@@ -1250,7 +1203,7 @@ def subset(videos, count, seed):
 
 
 def check_readable(videos):
-    """Raises BadVideo where not one of the first ten videos can be opened: the list is of something else."""
+    """Raises BadVideo where none of the first ten videos can be opened: the list is of something else."""
     errors = []
     for path, _ in videos[:10]:
         try:
@@ -1264,54 +1217,13 @@ def check_readable(videos):
 # 8  Weights
 # =====================================================================================================================
 
-
-def save_encoder(encoder, path):
-    """Writes the encoder alone: {"model": state dict, "geometry": ...}.
-
-    A ViT's keys are VideoMAE's: it stores q_bias and v_bias, and no bias for k, which cannot change a softmax.
-    """
-    state = {}
-    for name, value in encoder.state_dict().items():
-        if name.endswith("attn.qkv.bias") and isinstance(encoder, VisionTransformer):
-            q, _, v = value.chunk(3)
-            state[name.replace("qkv.bias", "q_bias")], state[name.replace("qkv.bias", "v_bias")] = q.clone(), v.clone()
-        else:
-            state[name] = value
-    with atomic_write(path, "wb") as file:
-        torch.save({"model": state, "geometry": {"grid": list(encoder.grid), "cube": list(encoder.cube)}}, file)
-
-
-def our_names(state):
-    """VideoMAE's and Hugging Face's state dicts under this project's names; its own pass through.
-
-    Encoder weights come out without a prefix, decoder weights as `decoder.*`. Both store biases of q and v and none of
-    k (files of transformers 5 may store one: it cannot change a softmax either).
-    """
-    ours = {}
-    for name, value in state.items():
-        name = re.sub(r"^(module\.|_orig_mod\.|videomae\.|backbone\.)+", "", name)
-        for theirs, our in FOREIGN_NAMES:
-            name = re.sub(theirs, our, name)
-        ours[name] = value
-    for name in [name for name in ours if name.endswith("attn.query.weight")]:
-        stem = name.removesuffix("query.weight")
-        ours[stem + "qkv.weight"] = torch.cat([ours.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")])
-    for name in [name for name in ours if name.endswith("attn.q_bias")]:
-        q, v = ours.pop(name), ours.pop(name.replace("q_bias", "v_bias"))
-        ours[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-        ours.pop(name.replace("q_bias", "k_bias"), None)
-    if "decoder.mask_token" in ours:
-        ours["decoder.mask_token"] = ours["decoder.mask_token"].flatten()
-    return ours
-
-
-FOREIGN_NAMES = (
+FOREIGN_NAMES = (  # patterns of VideoMAE's and Hugging Face's names, and what takes their place here
+    (r"^(module\.|_orig_mod\.|videomae\.|backbone\.)+", ""),
     (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),  # Hugging Face
     (r"^encoder\.layer\.", "blocks."),
     (r"^decoder\.decoder_layers\.", "decoder.blocks."),
     (r"attention\.attention\.(query|key|value)\.weight", r"attn.\1.weight"),
-    (r"attention\.attention\.(query|key|value)\.bias",
-     lambda match: {"query": "attn.q_bias", "key": "attn.k_bias", "value": "attn.v_bias"}[match[1]]),
+    (r"attention\.attention\.([qkv])(uery|ey|alue)\.bias", r"attn.\1_bias"),
     (r"attention\.attention\.", "attn."),
     (r"attention\.output\.dense", "attn.proj"),
     (r"intermediate\.dense", "mlp.fc1"),
@@ -1324,7 +1236,7 @@ FOREIGN_NAMES = (
     (r"^mask_token$", "decoder.mask_token"),
     (r"^encoder\.", ""),  # VideoMAE's pre-training, and this project's checkpoints
 )
-
+WRAPPERS = "model", "module", "state_dict", "model_state", "teacher"  # where training scripts put the weights
 
 # What others' checkpoints hold beside tensors: settings with paths, numpy's numbers and arrays
 HARMLESS = [argparse.Namespace, np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
@@ -1336,8 +1248,43 @@ for module in ("pathlib", "pathlib._local"):
         ("Posix", PurePosixPath), ("Windows", PureWindowsPath)) for prefix in ("", "Pure")]
 
 
+def convert_keys(state):
+    """VideoMAE's and Hugging Face's state dicts under this project's names; its own passes through.
+
+    Encoder weights come out without a prefix, decoder weights as `decoder.*`. Both store biases of q and v and none of
+    k (files of transformers 5 may store one: it cannot change a softmax).
+    """
+    ours = {}
+    for name, value in state.items():
+        for pattern, replacement in FOREIGN_NAMES:
+            name = re.sub(pattern, replacement, name)
+        ours[name] = value
+    for stem in [name.removesuffix("query.weight") for name in ours if name.endswith("attn.query.weight")]:
+        ours[stem + "qkv.weight"] = torch.cat([ours.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")])
+    for stem in [name.removesuffix("q_bias") for name in ours if name.endswith("attn.q_bias")]:
+        q, v = ours.pop(stem + "q_bias"), ours.pop(stem + "v_bias")
+        ours[stem + "qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+        ours.pop(stem + "k_bias", None)
+    if "decoder.mask_token" in ours:
+        ours["decoder.mask_token"] = ours["decoder.mask_token"].flatten()
+    return ours
+
+
+def save_encoder(encoder, path):
+    """Writes the encoder alone: {"model": state dict, "geometry": ...}; a ViT's names are VideoMAE's."""
+    state = {}
+    for name, value in encoder.state_dict().items():
+        if name.endswith("attn.qkv.bias") and isinstance(encoder, VisionTransformer):
+            q, _, v = value.chunk(3)
+            state |= {name.replace("qkv.bias", "q_bias"): q.clone(), name.replace("qkv.bias", "v_bias"): v.clone()}
+        else:
+            state[name] = value
+    with atomic_write(path, "wb") as file:
+        torch.save({"model": state, "geometry": {"grid": list(encoder.grid), "cube": list(encoder.cube)}}, file)
+
+
 def load_tensors(path):
-    """torch.load without running anything, after checking the sums of the file's parts, which torch does not."""
+    """torch.load without running code from the file, after checking the sums of its parts, which torch does not."""
     if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
         raise ValueError(f"{part} is damaged")
     with torch.serialization.safe_globals(HARMLESS):
@@ -1347,55 +1294,43 @@ def load_tensors(path):
 def read_weights(path):
     """A weight file, a run's folder or one of Hugging Face's save_pretrained -> state dict under this project's names.
 
-    Reads torch.save's files (with weights_only=True: nothing in them is run) and, where the package safetensors is
-    installed, `.safetensors`. Raises CMAEVError for what is neither.
+    Reads torch.save's files and, where the package safetensors is installed, `.safetensors`. Raises CMAEVError for what
+    is neither.
     """
     state = {}
     for file in weight_files(Path(path)):
-        part = read_weight_file(file)
-        while inner := next((part[key] for key in WRAPPERS if isinstance(part.get(key), dict)), None):
-            part = inner
+        try:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+                part = load_file(file)
+            else:
+                part = load_tensors(file)
+            while inner := next((part[key] for key in WRAPPERS if isinstance(part.get(key), dict)), None):
+                part = inner
+        except ImportError:
+            raise CMAEVError(f"{file}: reading .safetensors needs the package safetensors: pip install it") from None
+        except Exception as error:
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            reason = type(error).__name__ if code is None else (
+                f"it holds a {code[1]}, which could run code: save its state dict alone, where you trust it")
+            raise CMAEVError(f"{file} cannot be read as weights ({reason}): a file of tensors?") from None
         state |= {name: value for name, value in part.items() if torch.is_tensor(value)}
-    return our_names(state)
-
-
-WRAPPERS = "model", "module", "state_dict", "model_state", "teacher"  # where training scripts put the weights
+    return convert_keys(state)
 
 
 def weight_files(path):
     """The files that hold the weights: of a run's folder, of Hugging Face's, sharded or not, or the file itself."""
     if path.is_file():
         return [path]
-    names = "encoder.pt", "model.safetensors", "pytorch_model.bin"
-    if found := [path / name for name in names if (path / name).is_file()]:
-        return found[:1]
-    for index in (path / f"{name}.index.json" for name in names[1:]):
-        if index.is_file():
+    for name in ("encoder.pt", "model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+        if (index := path / f"{name}.index.json").is_file():
             try:
                 return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise CMAEVError(f"{index} is no index of weights: restore it, or give a file of weights") from None
     raise CMAEVError(f"{path}: no such file of weights: give a file, the folder of a run or of a model, or none")
-
-
-def read_weight_file(path):
-    """One file -> what it holds, a dict."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            state = load_file(path)
-        else:
-            state = load_tensors(path)
-    except ImportError:
-        raise CMAEVError(f"{path}: reading .safetensors needs the package safetensors: pip install it") from None
-    except Exception as error:
-        reason = type(error).__name__
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"it holds a {code[1]}, which could run code: save its state dict alone, where you trust it"
-        raise CMAEVError(f"{path} cannot be read as weights ({reason}): a file of tensors?") from None
-    if not isinstance(state, dict):
-        raise CMAEVError(f"{path} holds a {type(state).__name__} and not a dict of weights")
-    return state
 
 
 def load_encoder(path, encoder, decoder=None):
@@ -1406,19 +1341,17 @@ def load_encoder(path, encoder, decoder=None):
     own grid. Prints what matched. Raises CMAEVError naming the first weight that is missing or of another shape; the
     final norm alone may be missing, as fine-tuned files hold the classifier's in its place.
     """
-    state = read_weights(path)
-    wanted = encoder.state_dict()
+    state, own = read_weights(path), encoder.state_dict()
+    wanted = own
     if "norm.weight" not in state and "fc_norm.weight" in state:
-        wanted = {name: value for name, value in wanted.items() if not name.startswith("norm.")}
+        wanted = {name: value for name, value in own.items() if not name.startswith("norm.")}
     load_weights(encoder, {name: state[name] for name in wanted if name in state}, path, wanted)
-    prefix = "decoder."
-    if decoder is not None and any(name.startswith(prefix) for name in state):
-        load_weights(decoder, {name.removeprefix(prefix): value for name, value in state.items()
-                               if name.startswith(prefix)}, path)
-    if this_rank() == 0:
-        print(f"{path}: {len(wanted)} of the encoder's {len(encoder.state_dict())} weights"
-              f"{'' if len(wanted) == len(encoder.state_dict()) else ' (not its final norm)'}, "
-              f"{len(state) - len(wanted)} others in the file")
+    of_decoder = {name.removeprefix("decoder."): value for name, value in state.items() if name.startswith("decoder.")}
+    if decoder is not None and of_decoder:
+        load_weights(decoder, of_decoder, path)
+    missing = "" if len(wanted) == len(own) else " (not its final norm)"
+    print0(f"{path}: {len(wanted)} of the encoder's {len(own)} weights{missing}, "
+           f"{len(state) - len(wanted)} others in the file")
     return encoder
 
 
@@ -1431,8 +1364,7 @@ def load_weights(module, state, path, wanted=None):
         if state[name].shape != value.shape:
             raise CMAEVError(f"{path} is of another model: "
                              f"{name} is {list(state[name].shape)}, not {list(value.shape)}")
-    unknown = state.keys() - wanted.keys()
-    if unknown:
+    if unknown := state.keys() - wanted.keys():
         raise CMAEVError(f"{path} is of another model: it has {min(unknown)}, which this one has not")
     module.load_state_dict(state, strict=False)
 
@@ -1455,22 +1387,27 @@ def number(kind, interval):
     return parse
 
 
-COUNT, WHOLE = number(int, "[1, inf)"), number(int, "[0, inf)")
-POSITIVE, NOT_NEGATIVE, SHARE = number(float, "(0, inf)"), number(float, "[0, inf)"), number(float, "[0, 1]")
+COUNT, WHOLE, POSITIVE = number(int, "[1, inf)"), number(int, "[0, inf)"), number(float, "(0, inf)")
+NOT_NEGATIVE, SHARE, BELOW_ONE = number(float, "[0, inf)"), number(float, "[0, 1]"), number(float, "[0, 1)")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help that shows the recipe's values, where there are any."""
+    """--help with the recipe's values, where there are any."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "", [], False) else super()._get_help_string(action)
 
 
-def parse_settings(parser, recipes, argv):
-    """Parses the command line's `argv` -> settings, the set of the names of those that were given by hand.
+def argument_parser(text):
+    """An argparse parser with the first line of a script's docstring."""
+    return argparse.ArgumentParser(description=text.splitlines()[0], formatter_class=Help, allow_abbrev=False)
 
-    The defaults are those of --recipe, one dict per recipe, over the parser's own. --data given by hand clears the
-    recipe's --val. Raises CMAEVError for a wrong flag or value.
+
+def parse_settings(parser, recipes, argv):
+    """Command line -> settings, the set of the names of those that were given by hand.
+
+    The values of --recipe, one dict per recipe, go over the parser's defaults. --data given by hand clears the recipe's
+    --val. Raises CMAEVError for a wrong flag or value, for --data without --recipe and for --val without --data.
     """
     def fail(message):
         raise CMAEVError(f"{message} (--help lists the settings)")
@@ -1484,20 +1421,17 @@ def parse_settings(parser, recipes, argv):
     settings = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(settings), parser))  # a mark that only given flags replace
     by_hand = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not parser}
+    of_run = by_hand & {"eval", "predict"}  # their settings are those of the run
+    if "data" in by_hand and "recipe" not in by_hand and not of_run:
+        fail("--data without --recipe: give --recipe k400 or ssv2 (16 frames of 224x224 pixels, sampled as for "
+             "Kinetics-400 or Something-Something V2), or demo (8 frames of 48x48)")
+    if "val" in by_hand and "data" not in by_hand and not of_run:
+        fail("--val without --data: give both")
     if "data" in by_hand and "val" not in by_hand:
         settings.val = ""
     if settings.warmup_epochs >= settings.epochs:
         fail(f"--warmup-epochs {settings.warmup_epochs}: give less than the {settings.epochs} of --epochs")
     return settings, by_hand
-
-
-def check_own_data(by_hand):
-    """Raises CMAEVError where videos are given without a recipe, or test videos without videos to train on."""
-    if "data" in by_hand and "recipe" not in by_hand:
-        raise CMAEVError("--data without --recipe: give --recipe k400 or ssv2 (16 frames of 224x224 pixels, sampled as "
-                         "for Kinetics-400 or Something-Something V2), or demo (8 frames of 48x48)")
-    if "val" in by_hand and "data" not in by_hand:
-        raise CMAEVError("--val without --data: give both")
 
 
 def run_script(main):
@@ -1541,6 +1475,32 @@ def join_ranks():
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
+
+
+def world_size():
+    """Number of ranks; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_rank():
+    """Number of this rank; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_over_ranks(x):
+    """The rows of all ranks, without gradient: [B, C] -> [B * world, C]."""
+    if world_size() == 1:
+        return x
+    rows = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(rows, x.contiguous())
+    return torch.cat(rows)
+
+
+def sum_over_ranks(x):
+    """Sum of a tensor over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def print0(*values):
@@ -1732,20 +1692,13 @@ def decay_groups(model, weight_decay):
             dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
 
 
-def sum_over_ranks(x):
-    """Sum of a tensor over the ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
 class Meter:
-    """Counts and mean values of the steps since the last log line. They stay on the device until `read`."""
+    """Mean values and counts of the steps since the last log line. They stay on the device until `read`."""
 
     MAX_SKIPPED = 20  # steps in a row; fp16 skips up to about 16 at the start while it looks for its scale
 
-    def __init__(self, names, device, step=0):
-        self.names, self.device, self.step, self.began = names, device, step, time.perf_counter()
+    def __init__(self, names, device):
+        self.names, self.device, self.step, self.began = names, device, 0, time.perf_counter()
         self.sums = torch.zeros(len(names) + 3, dtype=torch.float64, device=device)
         self.in_a_row = torch.zeros((), device=device)
         self.counts = dict(bad_clips=0, skipped_steps=0)  # of the whole run
@@ -1757,23 +1710,26 @@ class Meter:
         self.sums += torch.cat([values, torch.stack([skipped, replaced.sum()])])
         self.in_a_row = (self.in_a_row + 1) * skipped
 
-    def read(self, step, clips):
-        """A log line's record: means over steps and ranks, speed, counts; starts anew. Waits for the device.
+    def read(self, step, clips, per_epoch, bad_share):
+        """The record of a log line: means over steps and ranks, speed, counts. Starts anew. Waits for the device.
 
-        `clips` is their number per step. Raises CMAEVError where the last MAX_SKIPPED steps were all skipped.
+        `clips` per step, steps per epoch. Raises CMAEVError where the last MAX_SKIPPED steps were all skipped, or more
+        than `bad_share` of the clips, or of one epoch's if that is more, were of bad videos.
         """
         *sums, taken, skipped, replaced = sum_over_ranks(self.sums).tolist()
-        if self.in_a_row >= self.MAX_SKIPPED:
-            raise CMAEVError(f"step {step}: {int(self.in_a_row)} steps in a row had a loss or a gradient that is not "
-                             "finite and were skipped: give a lower --lr, or --amp none")
-        now = time.perf_counter()
-        seconds, steps = now - self.began, step - self.step
-        self.step, self.began = step, now
+        seconds, steps = time.perf_counter() - self.began, step - self.step
+        self.step, self.began = step, time.perf_counter()
         self.sums.zero_()
         self.counts["bad_clips"] += round(replaced)
         self.counts["skipped_steps"] += round(skipped / world_size())
+        if self.in_a_row >= self.MAX_SKIPPED:
+            raise CMAEVError(f"step {step}: {int(self.in_a_row)} steps in a row had a loss or a gradient that is not "
+                             "finite and were skipped: give a lower --lr, or --amp none")
+        if self.counts["bad_clips"] > bad_share * clips * max(step, per_epoch):
+            raise CMAEVError(f"{self.counts['bad_clips']} of {step * clips} clips were of bad videos, which "
+                             "bad-videos.jsonl names: take them off the list, or give a larger --bad-share")
         means = {name: x / max(taken, 1) for name, x in zip(self.names, sums)}
-        return dict(step=step) | means | self.counts | dict(
+        return dict(step=step, epoch=step / per_epoch) | means | self.counts | dict(
             seconds=seconds, step_ms=1000 * seconds / steps, clips_per_s=steps * clips / seconds,
             memory_mib=peak_memory(self.device))
 
@@ -1782,13 +1738,6 @@ class Meter:
 
     def load_state_dict(self, counts):
         self.counts = dict(counts)
-
-
-def check_bad_share(bad, clips, per_epoch, limit, log):
-    """Raises CMAEVError where more than `limit` of the clips, or of one epoch's if that is more, were of bad videos."""
-    if bad > limit * max(clips, per_epoch):
-        raise CMAEVError(f"{bad} of {clips} clips were of bad videos, which {log} names: take them off the list, or "
-                         "give a larger --bad-share")
 
 
 def peak_memory(device):
@@ -1820,19 +1769,11 @@ def atomic_write(path, mode="w"):
         raise
 
 
-def git_commit():
-    """The commit of this file, marked where it was changed since; None outside a checkout."""
-    with contextlib.suppress(OSError):  # git is not installed
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                             capture_output=True, text=True)
-        return git.stdout.strip() or None
-
-
 def open_run(folder, settings, free, videos, **about):
     """Starts a run's folder, or checks that it holds this run; locks it until the process ends.
 
-    settings.json keeps the settings, the videos' number and hash, commit, versions and `about`. Settings in `free` may
-    differ. Raises CMAEVError where others differ from those of the folder's checkpoint, or the videos do.
+    settings.json keeps the settings, the videos' number and hash, versions and `about`. Settings in `free` may differ.
+    Raises CMAEVError where others differ from those of the folder's checkpoint, or the videos do.
     """
     record, settings = Path(folder) / "settings.json", vars(settings)
     listed = [len(videos), hashlib.sha256(json.dumps(videos).encode()).hexdigest()[:16]]
@@ -1842,8 +1783,7 @@ def open_run(folder, settings, free, videos, **about):
                    if name not in free and old["settings"].get(name, value) != value]
         if changed:
             raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(changed)}): give the old ones to "
-                             "continue it, or another --out. The learning rate depends on --epochs, so that another "
-                             "number of epochs needs a new run")
+                             "continue it, or another --out; another number of epochs needs a new run")
         if old["videos"] != listed:
             raise CMAEVError(f"{settings['data']} has changed since {folder} began ({old['videos'][0]} videos then, "
                              f"{listed[0]} now): restore it, or give another --out")
@@ -1855,8 +1795,8 @@ def open_run(folder, settings, free, videos, **about):
         lock_run(folder)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
         with atomic_write(record) as file:
-            json.dump(dict(settings=settings, videos=listed, commit=git_commit(), world_size=world_size(),
-                           python=platform.python_version(), **versions, **about), file, indent=1)
+            record = dict(settings=settings, videos=listed, world_size=world_size(), **versions, **about)
+            json.dump(record, file, indent=1)
 
 
 LOCKS = []  # open files of the folders that this process trains in
@@ -1889,7 +1829,7 @@ def save_checkpoint(run, step, state):
 
 
 def resume(run, state):
-    """Loads run/checkpoint.pt into the objects of `state` -> the step to continue from, 0 without a checkpoint.
+    """Loads run/checkpoint.pt into the objects of `state` -> the step to continue from; 0 where there is none.
 
     Cuts off what a killed run logged after its checkpoint. Raises CMAEVError for a damaged file or another model's.
     """
@@ -1899,7 +1839,7 @@ def resume(run, state):
         load_weights(state["model"], checkpoint["model"], path)
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
-        step = checkpoint["step"]
+        step = state["meter"].step = checkpoint["step"]
     if this_rank() == 0:
         log = Path(run) / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []

@@ -51,7 +51,7 @@ FREE = MACHINE | {"bad_share", "eval", "predict", "segments", "crops", "val"}  #
 def read_labelled(path, flag):
     """read_list for labelled videos -> [(path, label)]. Raises CMAEVError for an empty path or a missing label."""
     if not path:
-        raise cmaev.CMAEVError(f"--{flag} is not given: name a list (`path label` per line) or a folder of class folders")
+        raise cmaev.CMAEVError(f"--{flag} is not given: name a list (`path label` per line) or class folders")
     videos = cmaev.read_list(path)
     for video, label in videos:
         if label is None or label < 0:
@@ -76,7 +76,7 @@ def class_names(videos, source=""):
         folder = class_folder(path, source) if os.path.isdir(source) else Path(path).parent.name
         folders.setdefault(label, set()).add(folder)
     if missing := sorted(set(range(max(folders))) - folders.keys()):
-        raise cmaev.CMAEVError(f"class {missing[0]} of 0 to {max(folders)} has no video in the list: add one or renumber")
+        raise cmaev.CMAEVError(f"class {missing[0]} of 0 to {max(folders)} has no video in the list: renumber them")
     own = len(set.union(*folders.values())) == len(folders) and all(len(names) == 1 for names in folders.values())
     return [folders[label].pop() if own else str(label) for label in range(len(folders))]
 
@@ -214,21 +214,21 @@ def training_augmentation(size, smallest_crop, flip, rand_augment, erasing):
     timm's rand-m7-n4-mstd0.5-inc1 skips each operation half of the time and varies its strength; torchvision always
     applies all four at strength 7 of 10. timm erases with noise; torchvision erases with the mean colour.
     """
-    operations = v2.RandAugment(num_ops=4, magnitude=7, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR,
-                                fill=[round(255 * m) for m in cmaev.MEAN])
+    mean = [round(255 * m) for m in cmaev.MEAN]
+    operations = v2.RandAugment(num_ops=4, magnitude=7, num_magnitude_bins=11, fill=mean,
+                                interpolation=v2.InterpolationMode.BILINEAR)
     return v2.Compose([
         operations if rand_augment else nn.Identity(),
         v2.RandomResizedCrop(size, scale=(smallest_crop, 1), ratio=(3 / 4, 4 / 3), antialias=True),
         v2.RandomHorizontalFlip(0.5 if flip else 0.0),
-        v2.RandomErasing(erasing, value=[round(255 * m) for m in cmaev.MEAN]),
+        v2.RandomErasing(erasing, value=mean),
     ])
 
 
 def mixing(mixup, cutmix, classes):
-    """Mixup and cutmix with these alphas (0: without), one of the two per step, by torchvision -> a function
+    """Mixup and cutmix with these alphas (0: without), one of the two per step, by torchvision -> a function:
 
-    of clips [B, ..., H, W] and labels int64 [B] -> mixed clips, soft labels [B, classes]. One share per batch, as timm's
-    default.
+    clips [B, ..., H, W], labels int64 [B] -> mixed clips, soft labels [B, classes]. One share per batch [timm].
     """
     chosen = [transform(alpha=alpha, num_classes=classes)
               for transform, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
@@ -354,7 +354,7 @@ def report(scores, videos, names, folder):
 
 
 def read_settings():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=cmaev.Help, allow_abbrev=False)
+    parser = cmaev.argument_parser(__doc__)
     flag = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("what to do").add_argument
@@ -377,7 +377,7 @@ def read_settings():
     add("--size", type=cmaev.COUNT, default=224, help="height and width of a clip in pixels")
     add("--tubelet", type=cmaev.COUNT, default=2, help="frames per token")
     add("--patch", type=cmaev.COUNT, default=16, help="height and width of a token in pixels")
-    add("--drop-path", type=cmaev.number(float, "[0, 1)"), default=0.1, help="stochastic depth of the last block")
+    add("--drop-path", type=cmaev.BELOW_ONE, default=0.1, help="stochastic depth of the last block")
 
     add = parser.add_argument_group("clips").add_argument
     add("--sampling", choices=["dense", "uniform"], default="dense", help="every rate-th frame, or one per segment")
@@ -399,11 +399,11 @@ def read_settings():
     add("--lr", type=cmaev.POSITIVE, default=5e-4, help="base learning rate, times batch size / 256")
     add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, times batch size / 256")
     add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="end of the cosine, times batch size / 256")
-    add("--layer-decay", type=cmaev.number(float, "(0, 1]"), default=0.75, help="of the rate from a layer to the one before")
-    add("--beta1", type=cmaev.number(float, "[0, 1)"), default=0.9, help="AdamW")
-    add("--beta2", type=cmaev.number(float, "[0, 1)"), default=0.999, help="AdamW")
+    add("--layer-decay", type=cmaev.number(float, "(0, 1]"), default=0.75, help="of the rate, from a layer to the last")
+    add("--beta1", type=cmaev.BELOW_ONE, default=0.9, help="AdamW")
+    add("--beta2", type=cmaev.BELOW_ONE, default=0.999, help="AdamW")
     add("--weight-decay", type=cmaev.NOT_NEGATIVE, default=0.05, help="AdamW; not on biases and norms")
-    add("--smoothing", type=cmaev.number(float, "[0, 1)"), default=0.1, help="label smoothing")
+    add("--smoothing", type=cmaev.BELOW_ONE, default=0.1, help="label smoothing")
     add("--clip-grad", type=cmaev.NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: unlimited")
     add("--seed", type=cmaev.WHOLE, default=0, help="of the head, the order and the samples")
 
@@ -430,7 +430,6 @@ def read_settings():
         for name in record["settings"].keys() - by_hand - MACHINE - {"out"}:
             setattr(s, name, record["settings"][name])
         return s, record
-    cmaev.check_own_data(by_hand)
     return s, None
 
 
@@ -503,19 +502,20 @@ def main():
     augment = training_augmentation(s.size, s.smallest_crop, s.flip, s.rand_augment, s.erasing)
     clips = LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, augment, s.repeats, seed=s.seed,
                           log=run / "bad-videos.jsonl")
-    mix, per_step, per_epoch = mixing(s.mixup, s.cutmix, len(names)), s.batch_size * s.repeats, len(videos) // s.batch_size
+    mix = mixing(s.mixup, s.cutmix, len(names))
+    per_step, per_epoch = s.batch_size * s.repeats, len(videos) // s.batch_size
     steps = s.epochs * per_epoch
 
     with cmaev.main_rank_first():
         cmaev.open_run(run, s, FREE, videos, **about)
     meter = cmaev.Meter(["loss"], device)
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
-    start = meter.step = cmaev.resume(run, state)
+    start = cmaev.resume(run, state)
     if start == steps:
         return cmaev.print0(f"{run} is finished, all {steps} steps: --eval evaluates it; for another run, give another "
                             "--out")
-    cmaev.print0(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of {per_step} "
-                 f"clips; {world} x {device.type}, {dtype or torch.float32}"
+    cmaev.print0(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of "
+                 f"{per_step} clips; {world} x {device.type}, {dtype or torch.float32}"
                  + (f"; continuing from step {start}" if start else ""))
 
     parallel = DistributedDataParallel(model) if world > 1 else model
@@ -539,10 +539,8 @@ def main():
         done, last = step + 1, step + 1 == steps
         if done == 1 or done % s.log_every == 0 or last:
             save, stop = last or done // s.save_every > meter.step // s.save_every, received()
-            record = meter.read(done, per_step)
-            record |= dict(epoch=done / per_epoch, lr=lr, grad_norm=grad_norm.item(),
-                           data_wait=feed.waited() / record["seconds"])
-            cmaev.check_bad_share(record["bad_clips"], done * per_step, per_epoch * per_step, s.bad_share, clips.log)
+            record = meter.read(done, per_step, per_epoch, s.bad_share)
+            record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
             cmaev.write_log(run, record, steps, f"loss {record['loss']:.4f}")
             if save or stop:
                 cmaev.save_checkpoint(run, done, state)

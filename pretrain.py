@@ -34,7 +34,7 @@ FREE = {"compile", "workers", "log_every", "save_every", "picture_every", "val",
 
 
 def read_settings():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=cmaev.Help, allow_abbrev=False)
+    parser = cmaev.argument_parser(__doc__)
     flag = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("videos").add_argument
@@ -69,8 +69,8 @@ def read_settings():
     add("--lr", type=cmaev.POSITIVE, default=1.5e-4, help="base learning rate, times batch size / 256")
     add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, times batch size / 256")
     add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-5, help="end of the cosine, times batch size / 256")
-    add("--beta1", type=cmaev.number(float, "[0, 1)"), default=0.9, help="AdamW")
-    add("--beta2", type=cmaev.number(float, "[0, 1)"), default=0.95, help="AdamW")
+    add("--beta1", type=cmaev.BELOW_ONE, default=0.9, help="AdamW")
+    add("--beta2", type=cmaev.BELOW_ONE, default=0.95, help="AdamW")
     add("--weight-decay", type=cmaev.NOT_NEGATIVE, default=0.05, help="AdamW; not on biases, norms, the mask token")
     add("--clip-grad", type=cmaev.NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: unlimited")
     add("--seed", type=cmaev.WHOLE, default=0, help="of the weights, the order and the samples")
@@ -82,9 +82,7 @@ def read_settings():
     add("--log-every", type=cmaev.COUNT, default=20, help="steps per log line")
     add("--save-every", type=cmaev.COUNT, default=1000, help="steps per checkpoint, saved at the next log line")
     add("--picture-every", type=cmaev.WHOLE, default=1000, help="steps per picture of reconstructions; 0: none")
-    settings, by_hand = cmaev.parse_settings(parser, RECIPES, sys.argv[1:])
-    cmaev.check_own_data(by_hand)
-    return settings
+    return cmaev.parse_settings(parser, RECIPES, sys.argv[1:])[0]
 
 
 def read_videos(s, world):
@@ -147,13 +145,14 @@ def main():
         cmaev.open_run(run, s, FREE, videos)
     meter = cmaev.Meter(METRICS, device)
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
-    start = meter.step = cmaev.resume(run, state)
+    start = cmaev.resume(run, state)
     if start == steps:
         return cmaev.print0(f"{run} is finished, all {steps} steps: for another run, give another --out")
     parameters = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     cmaev.print0(f"{s.encoder}, {parameters:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} "
                  f"clips; {world} x {device.type}, "
-                 f"{cmaev.amp_dtype(s.amp, device) or torch.float32}" + (f"; continuing from step {start}" if start else ""))
+                 f"{cmaev.amp_dtype(s.amp, device) or torch.float32}"
+                 + (f"; continuing from step {start}" if start else ""))
 
     received = cmaev.notice_signals()
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
@@ -168,11 +167,8 @@ def main():
         if done == 1 or done % s.log_every == 0 or last:
             due = lambda every: every and done // every > meter.step // every or last
             save, show, stop = due(s.save_every), due(s.picture_every), received()
-            record = meter.read(done, s.batch_size)
-            record |= dict(epoch=done / per_epoch, lr=lr, grad_norm=grad_norm.item(),
-                           data_wait=feed.waited() / record["seconds"])
-            cmaev.check_bad_share(record["bad_clips"], done * s.batch_size, per_epoch * s.batch_size, s.bad_share,
-                                  clips.log)
+            record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
+            record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
             if save and s.val:
                 record["held_out_reconstruction"] = held_out_reconstruction(model, held_out, s, world, device)
             cmaev.write_log(run, record, steps, f"loss {record['loss']:.4f} = {record['reconstruction']:.4f} + "
@@ -185,9 +181,9 @@ def main():
                 cmaev.save_checkpoint(run, done, state)
             if stop and not last:
                 cmaev.stop_run(stop, done)
-    cmaev.print0(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; "
-                 f"{record['bad_clips']} of {steps * s.batch_size} clips were of bad videos, {record['skipped_steps']} of "
-                 f"{steps} steps were skipped")
+    cmaev.print0(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; {record['bad_clips']} "
+                 f"of {steps * s.batch_size} clips were of bad videos, {record['skipped_steps']} of {steps} steps were "
+                 "skipped")
 
 
 @torch.no_grad()

@@ -2018,7 +2018,7 @@ def test_faults_a_skipped_step_changes_nothing(dtype):
         meter.add([loss.detach()], grad_norm, torch.zeros(2, dtype=torch.bool))
         steps.append((layer.weight.detach().clone(), loss.item()))
     assert all(torch.equal(steps[0][0], steps[i][0]) for i in (1, 2, 3)) and not torch.equal(steps[3][0], steps[4][0])
-    record = meter.read(5, 1)
+    record = meter.read(5, 1, 1, 1)
     assert record["skipped_steps"] == 3 and record["loss"] == pytest.approx((steps[0][1] + steps[4][1]) / 2)
 
 
@@ -2445,7 +2445,7 @@ def test_gpu_step_never_waits_for_the_device(demo, encoder, dtype):
             losses.append(loss.detach())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.stack(losses).isfinite().all() and meter.read(8, 4)["skipped_steps"] == 0
+    assert torch.stack(losses).isfinite().all() and meter.read(8, 4, 2, 1)["skipped_steps"] == 0
 
 
 @on_gpu
