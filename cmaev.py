@@ -756,33 +756,6 @@ def blur(x, sigma):
     return x
 
 
-def replaced_if_bad(sample, videos, seed, key, log):
-    """sample(index, *key) for key (epoch, index) or, while that video is bad, of another video -> sample, whether so.
-
-    The other video is drawn from (seed, epoch, index, attempt). Each bad video is named in the file `log`.
-    Raises CMAEVError where ten videos in a row are bad: then it is not the videos.
-    """
-    (epoch, index), reason = epoch_and_index(key, videos), ""
-    for attempt in range(10):
-        if attempt:
-            key = epoch, key[1], attempt
-            with seeded(seed, *key) as generator:
-                index = int(torch.randint(len(videos), (), generator=generator))
-        try:
-            return sample(index, *key), attempt > 0
-        except BadVideo as error:
-            reason = last_line(error)
-            name_bad_video(videos[index][0], reason, log)
-    raise CMAEVError(f"ten videos in a row cannot be read, the last one: {reason}")
-
-
-def epoch_and_index(key, videos):
-    """The key of a sample. Raises CMAEVError where it is not (epoch, index)."""
-    if not isinstance(key, tuple) or len(key) != 2 or key[0] < 0 or not 0 <= key[1] < len(videos):
-        raise CMAEVError(f"no sample {key}: ask for dataset[epoch, index], epoch from 0, index 0 to {len(videos) - 1}")
-    return key
-
-
 def name_bad_video(path, reason, log=None):
     """Prints a bad video and adds it to `log`, a file of JSON lines that all workers share, unless it is there."""
     if log:
@@ -796,46 +769,76 @@ def name_bad_video(path, reason, log=None):
     print(f"bad video: {reason}", flush=True)
 
 
-class PretrainClips(Dataset):
-    """The two views of each video and their tube mask: a sample is a pure function of (seed, epoch, index).
+class VideoClips(Dataset):
+    """Clips of videos: dataset[epoch, index] -> dict of tensors, a pure function of (seed, epoch, index).
 
-    `videos` is read_list's; `grid` the encoder's token grid. `repeats` clips, each with its own start, shift, crop and
-    mask, come out of one opened video [mae_st]. dataset[epoch, index] is a dict, R = repeats, S = size:
-        online    uint8 [R, T, 3, S, S]   the view to be masked
-        target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
-        colors    float32 [R, 11]         the target's colour augmentation (draw_colors)
-        mask      bool [R, N]             True = masked
-        replaced  bool [R]                whether another video took the place of a bad one, which the file `log` names
+    `videos` is read_list's; a subclass defines `sample`. The clips of a bad video are those of another one, drawn from
+    (seed, epoch, index, attempt); the file `log` names the bad one, and the sample's "replaced", bool [clips], says so.
     """
 
-    def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
-                 two_views=True, log=None):
-        tube_mask(1, grid, mask_ratio)  # raises CMAEVError for a ratio that masks nothing or all
-        self.videos, self.grid, self.mask_ratio, self.repeats, self.seed = videos, grid, mask_ratio, repeats, seed
-        self.frames, self.rate, self.max_shift, self.size = frames, rate, max_shift, size
-        self.two_views, self.log = two_views, log
+    attempts = 10
+
+    def __init__(self, videos, seed=0, log=None):
+        self.videos, self.seed, self.log = videos, seed, log
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, key):
-        sample, replaced = replaced_if_bad(self.sample, self.videos, self.seed, key, self.log)
-        return sample | {"replaced": torch.full((self.repeats,), replaced)}
+        if not isinstance(key, tuple) or len(key) != 2 or key[0] < 0 or not 0 <= key[1] < len(self.videos):
+            raise CMAEVError(f"no sample {key}: give dataset[epoch, index], epoch from 0, index 0 to {len(self) - 1}")
+        draw, index = key, key[1]
+        for attempt in range(self.attempts):
+            if attempt:
+                draw = *key, attempt
+                with seeded(self.seed, *draw) as generator:
+                    index = int(torch.randint(len(self.videos), (), generator=generator))
+            path, label = self.videos[index]
+            try:
+                with bad_video(path, "cropped and resized"), seeded(self.seed, *draw) as generator:
+                    sample, replaced = self.sample(Video(path), label, index, generator), attempt > 0
+                    break
+            except BadVideo as error:
+                reason = last_line(error)
+                name_bad_video(path, reason, self.log)
+        else:
+            sample, replaced = self.no_sample(label, index, reason), True
+        return sample | {"replaced": torch.full((len(next(iter(sample.values()))),), replaced)}
 
-    def sample(self, index, *key):
-        path, _ = self.videos[index]
-        video = Video(path)
-        with bad_video(path, "cropped and resized"), seeded(self.seed, *key) as generator:
-            indices = torch.stack([torch.stack(temporal_shift_indices(
-                len(video), self.frames, self.rate, self.max_shift, generator)) for _ in range(self.repeats)])
-            if not self.two_views:
-                indices = indices[:, :1]
-            frames = video.frames(indices.flatten())  # one decoding pass for all of them
-            views = torch.stack([self.crop([frames[i] for i in clip.flatten().tolist()], generator).unflatten(
-                0, clip.shape) for clip in indices])  # [R, 2, T, 3, S, S]
-            sample = {"online": views[:, 0], "mask": tube_mask(self.repeats, self.grid, self.mask_ratio, generator)}
-            if self.two_views:
-                sample.update(target=views[:, 1], colors=torch.stack([draw_colors() for _ in range(self.repeats)]))
+    def no_sample(self, label, index, reason):
+        raise CMAEVError(f"ten videos in a row cannot be read, the last one: {reason}")
+
+
+class PretrainClips(VideoClips):
+    """The two views of each video and their tube mask.
+
+    `grid` is the encoder's token grid. `repeats` clips, each with its own start, shift, crop and mask, come out of one
+    opened video [mae_st]. dataset[epoch, index], R = repeats, S = size:
+        online    uint8 [R, T, 3, S, S]   the view to be masked
+        target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
+        colors    float32 [R, 11]         the target's colour augmentation (draw_colors)
+        mask      bool [R, N]             True = masked
+        replaced  bool [R]                see VideoClips
+    """
+
+    def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
+                 two_views=True, log=None):
+        super().__init__(videos, seed, log)
+        tube_mask(1, grid, mask_ratio)  # raises CMAEVError for a ratio that masks nothing or all
+        self.grid, self.mask_ratio, self.repeats, self.two_views = grid, mask_ratio, repeats, two_views
+        self.frames, self.rate, self.max_shift, self.size = frames, rate, max_shift, size
+
+    def sample(self, video, label, index, generator):
+        indices = torch.stack([torch.stack(temporal_shift_indices(
+            len(video), self.frames, self.rate, self.max_shift, generator)) for _ in range(self.repeats)])  # [R, 2, T]
+        if not self.two_views:
+            indices = indices[:, :1]
+        frames = video.frames(indices.flatten())  # one decoding pass for all of them
+        views = torch.stack([self.crop([frames[i] for i in clip.flatten().tolist()], generator).unflatten(0, clip.shape)
+                             for clip in indices])  # [R, 2, T, 3, S, S]
+        sample = {"online": views[:, 0], "mask": tube_mask(self.repeats, self.grid, self.mask_ratio, generator)}
+        if self.two_views:
+            sample.update(target=views[:, 1], colors=torch.stack([draw_colors() for _ in range(self.repeats)]))
         return sample
 
     def crop(self, frames, generator):
@@ -1536,12 +1539,12 @@ def notice_signals():
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, note)
 
-    def signal_of_any_rank():
+    def of_any_rank():
         number = torch.tensor(max(received, default=0))
         if world_size() > 1:
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return int(number)
-    return signal_of_any_rank
+    return of_any_rank
 
 
 def stop_run(signal_number, step):

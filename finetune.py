@@ -19,25 +19,27 @@ import sys
 from pathlib import Path
 
 import cmaev  # before torch: it sets how OpenMP's threads wait
+from pretrain import add_shared_settings
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-# What differs from the defaults of the flags below, which are K400's
+# What differs from the flags' defaults: the paper's and VideoMAE's for K400 and SSv2, ours for the demo
+COMMON = dict(warmup_epochs=5, lr=5e-4, min_lr=1e-6, beta2=0.999)
 RECIPES = {
-    "demo": dict(data="data/demo/train.txt", val="data/demo/val.txt", out="runs/finetune-demo",
-                 init="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=48, patch=8, repeats=1,
-                 smallest_crop=0.5, flip=False, rand_augment=False, erasing=0.0, mixup=0.0, cutmix=0.0, segments=1,
-                 crops=1, epochs=20, warmup_epochs=2, batch_size=16, lr=1.6e-2, log_every=25, save_every=100),
-    "k400": dict(out="runs/finetune-k400", init="runs/pretrain-k400"),
-    "ssv2": dict(out="runs/finetune-ssv2", init="runs/pretrain-ssv2", sampling="uniform", rate=2, flip=False,
-                 segments=2, epochs=50, batch_size=512),
+    "demo": COMMON | dict(
+        data="data/demo/train.txt", val="data/demo/val.txt", out="runs/finetune-demo", init="runs/pretrain-demo",
+        encoder="vit_tiny", frames=8, size=48, patch=8, repeats=1, smallest_crop=0.5, flip=False, rand_augment=False,
+        erasing=0.0, mixup=0.0, cutmix=0.0, segments=1, crops=1, epochs=20, warmup_epochs=2, batch_size=16, lr=1.6e-2,
+        log_every=25, save_every=100),
+    "k400": COMMON | dict(out="runs/finetune-k400", init="runs/pretrain-k400", epochs=75, batch_size=384),
+    "ssv2": COMMON | dict(out="runs/finetune-ssv2", init="runs/pretrain-ssv2", sampling="uniform", flip=False,
+                          segments=2, epochs=50, batch_size=512),
 }
 MACHINE = {"compile", "workers", "log_every", "save_every"}
 FREE = MACHINE | {"bad_share", "eval", "predict", "segments", "crops", "val"}  # may change in a run
@@ -132,53 +134,38 @@ def uniform_indices(num_frames, frames, offset):
     return ((torch.arange(frames) + offset) * num_frames / frames).long().clamp(max=num_frames - 1)
 
 
-class LabelledClips(Dataset):
-    """Labelled clips for fine-tuning and testing. Sample (epoch, index) is a pure function of (seed, epoch, index).
+class LabelledClips(cmaev.VideoClips):
+    """Labelled clips for fine-tuning and testing.
 
     `sampling` is "dense" (a stride of `rate`, K400) or "uniform" (one frame per segment, SSv2). For training, `augment`
     is a transform of uint8 [T, 3, H, W] and `repeats` clips come out of one opened video [repeated sampling]. Without
     it, the clips are the test views: segments x crops, crops along the long side. dataset[epoch, index], V clips:
-        clip      uint8 [V, T, 3, S, S]
+        clip      uint8 [V, T, 3, S, S]   black where a test video cannot be read
         label     int64 [V]
         index     int64 [V]
-        replaced  bool [V]   whether the video is bad and its clips are another video's, in testing black ones
+        replaced  bool [V]                whether another video or black takes the place of a bad one
     """
 
     def __init__(self, videos, frames, rate, size, sampling, augment=None, repeats=1, segments=1, crops=1, seed=0,
                  log=None):
-        self.videos, self.frames, self.rate, self.size, self.sampling = videos, frames, rate, size, sampling
-        self.augment, self.repeats, self.segments, self.crops, self.seed = augment, repeats, segments, crops, seed
-        self.log = log
+        super().__init__(videos, seed, log)
+        self.frames, self.rate, self.size, self.sampling, self.augment = frames, rate, size, sampling, augment
+        self.repeats, self.segments, self.crops = repeats, segments, crops
+        if not augment:
+            self.attempts = 1
 
-    def __len__(self):
-        return len(self.videos)
+    def sample(self, video, label, index, generator):
+        places = self.random_places() if self.augment else self.even_places()
+        indices = torch.stack([self.indices(len(video), place) for place in places])
+        clips = video.read(indices.flatten()).unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
+        to_views = (lambda clip: [self.augment(clip)]) if self.augment else self.test_crops
+        return self.labelled(torch.stack([view for clip in clips for view in to_views(clip)]), label, index)
 
-    def __getitem__(self, key):
+    def no_sample(self, label, index, reason):
         if self.augment:
-            sample, replaced = cmaev.replaced_if_bad(self.sample, self.videos, self.seed, key, self.log)
-        else:
-            sample, replaced = self.sample_or_black(*cmaev.epoch_and_index(key, self.videos))
-        return sample | {"replaced": torch.full_like(sample["label"], replaced, dtype=torch.bool)}
-
-    def sample(self, index, *key):
-        path, label = self.videos[index]
-        video = cmaev.Video(path)
-        with cmaev.bad_video(path, "cropped and resized"), cmaev.seeded(self.seed, *key):
-            places = self.random_places() if self.augment else self.even_places()
-            indices = torch.stack([self.indices(len(video), place) for place in places])
-            clips = video.read(indices.flatten()).unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
-            to_views = (lambda clip: [self.augment(clip)]) if self.augment else self.test_crops
-            clips = [view for clip in clips for view in to_views(clip)]
-        return self.labelled(torch.stack(clips), label, index)
-
-    def sample_or_black(self, epoch, index):
-        try:
-            return self.sample(index, epoch, index), False
-        except cmaev.BadVideo as error:
-            (path, label), views = self.videos[index], self.segments * self.crops
-            cmaev.name_bad_video(path, cmaev.last_line(error), self.log)
-            black = torch.zeros(views, self.frames, 3, self.size, self.size, dtype=torch.uint8)
-            return self.labelled(black, label, index), True
+            return super().no_sample(label, index, reason)
+        views = self.segments * self.crops, self.frames, 3, self.size, self.size
+        return self.labelled(torch.zeros(views, dtype=torch.uint8), label, index)
 
     def labelled(self, clips, label, index):
         return {"clip": clips, "label": torch.full((len(clips),), -1 if label is None else label),
@@ -370,15 +357,6 @@ def read_settings():
     add("--subset", type=cmaev.WHOLE, default=0, help="only the first N training videos of a seeded shuffle")
     add("--bad-share", type=cmaev.SHARE, default=0.05, help="largest share of clips whose video cannot be read")
 
-    add = parser.add_argument_group("model").add_argument
-    add("--encoder", default="vit_base", help=", ".join(cmaev.ENCODERS))
-    add("--fusion", action=flag, default=True, help="ConvViT: multi-scale fusion, for probes alone")
-    add("--frames", type=cmaev.COUNT, default=16, help="frames per clip")
-    add("--size", type=cmaev.COUNT, default=224, help="height and width of a clip in pixels")
-    add("--tubelet", type=cmaev.COUNT, default=2, help="frames per token")
-    add("--patch", type=cmaev.COUNT, default=16, help="height and width of a token in pixels")
-    add("--drop-path", type=cmaev.BELOW_ONE, default=0.1, help="stochastic depth of the last block")
-
     add = parser.add_argument_group("clips").add_argument
     add("--sampling", choices=["dense", "uniform"], default="dense", help="every rate-th frame, or one per segment")
     add("--rate", type=cmaev.COUNT, default=4, help="sampling rate r of dense sampling")
@@ -392,27 +370,11 @@ def read_settings():
     add("--segments", type=cmaev.COUNT, default=5, help="test clips per video, over time")
     add("--crops", type=cmaev.COUNT, default=3, help="test crops per clip, over space")
 
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=cmaev.COUNT, default=75, help="passes over the videos")
-    add("--warmup-epochs", type=cmaev.WHOLE, default=5, help="epochs of linear warm-up")
-    add("--batch-size", type=cmaev.COUNT, default=384, help="videos per step over all ranks; the learning rate's batch")
-    add("--lr", type=cmaev.POSITIVE, default=5e-4, help="base learning rate, times batch size / 256")
-    add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, times batch size / 256")
-    add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="end of the cosine, times batch size / 256")
+    add = parser.add_argument_group("regularisation").add_argument
     add("--layer-decay", type=cmaev.number(float, "(0, 1]"), default=0.75, help="of the rate, from a layer to the last")
-    add("--beta1", type=cmaev.BELOW_ONE, default=0.9, help="AdamW")
-    add("--beta2", type=cmaev.BELOW_ONE, default=0.999, help="AdamW")
-    add("--weight-decay", type=cmaev.NOT_NEGATIVE, default=0.05, help="AdamW; not on biases and norms")
+    add("--drop-path", type=cmaev.BELOW_ONE, default=0.1, help="stochastic depth of the last block")
     add("--smoothing", type=cmaev.BELOW_ONE, default=0.1, help="label smoothing")
-    add("--clip-grad", type=cmaev.NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: unlimited")
-    add("--seed", type=cmaev.WHOLE, default=0, help="of the head, the order and the samples")
-
-    add = parser.add_argument_group("machine and output").add_argument
-    add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto", help="auto: what the device is fast at")
-    add("--compile", action=flag, default=False, help="torch.compile")
-    add("--workers", type=cmaev.WHOLE, help="decoding processes per rank; on a GPU one per core, at most 16, else 2")
-    add("--log-every", type=cmaev.COUNT, default=20, help="steps per log line")
-    add("--save-every", type=cmaev.COUNT, default=1000, help="steps per checkpoint, saved at the next log line")
+    add_shared_settings(parser)
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     files = sys.argv[end + 1:]  # after --, names may begin with -
     s, by_hand = cmaev.parse_settings(parser, RECIPES, sys.argv[1:end])

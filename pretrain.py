@@ -33,6 +33,38 @@ RECIPES = {
 FREE = {"compile", "workers", "log_every", "save_every", "picture_every", "val", "bad_share"}  # may change in a run
 
 
+def add_shared_settings(parser):
+    """The settings that finetune.py has too. The defaults are those of pre-training."""
+    flag = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("model").add_argument
+    add("--encoder", default="vit_base", help=", ".join(cmaev.ENCODERS))
+    add("--fusion", action=flag, default=True, help="ConvViT: multi-scale fusion")
+    add("--frames", type=cmaev.COUNT, default=16, help="frames per clip")
+    add("--size", type=cmaev.COUNT, default=224, help="height and width of a clip in pixels")
+    add("--tubelet", type=cmaev.COUNT, default=2, help="frames per token")
+    add("--patch", type=cmaev.COUNT, default=16, help="height and width of a token in pixels")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=cmaev.COUNT, default=800, help="passes over the videos")
+    add("--warmup-epochs", type=cmaev.WHOLE, default=40, help="epochs of linear warm-up")
+    add("--batch-size", type=cmaev.COUNT, default=2048, help="clips per step over all ranks: the K of InfoNCE")
+    add("--lr", type=cmaev.POSITIVE, default=1.5e-4, help="base learning rate, times batch size / 256")
+    add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, times batch size / 256")
+    add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-5, help="end of the cosine, times batch size / 256")
+    add("--beta1", type=cmaev.BELOW_ONE, default=0.9, help="AdamW")
+    add("--beta2", type=cmaev.BELOW_ONE, default=0.95, help="AdamW")
+    add("--weight-decay", type=cmaev.NOT_NEGATIVE, default=0.05, help="AdamW; not on biases and norms")
+    add("--clip-grad", type=cmaev.NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: unlimited")
+    add("--seed", type=cmaev.WHOLE, default=0, help="of the weights, the order and the samples")
+
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto", help="auto: what the device is fast at")
+    add("--compile", action=flag, default=False, help="torch.compile")
+    add("--workers", type=cmaev.WHOLE, help="decoding processes per rank; on a GPU one per core, at most 16, else 2")
+    add("--log-every", type=cmaev.COUNT, default=20, help="steps per log line")
+    add("--save-every", type=cmaev.COUNT, default=1000, help="steps per checkpoint, saved at the next log line")
+
+
 def read_settings():
     parser = cmaev.argument_parser(__doc__)
     flag = argparse.BooleanOptionalAction
@@ -45,14 +77,6 @@ def read_settings():
     add("--bad-share", type=cmaev.SHARE, default=0.05, help="largest share of clips whose video cannot be read")
     add("--repeats", type=cmaev.COUNT, default=1, help="clips per opened video; an epoch has so many times the steps")
 
-    add = parser.add_argument_group("model").add_argument
-    add("--encoder", default="vit_base", help=", ".join(cmaev.ENCODERS))
-    add("--fusion", action=flag, default=True, help="ConvViT: multi-scale fusion")
-    add("--frames", type=cmaev.COUNT, default=16, help="frames per clip")
-    add("--size", type=cmaev.COUNT, default=224, help="height and width of a clip in pixels")
-    add("--tubelet", type=cmaev.COUNT, default=2, help="frames per token")
-    add("--patch", type=cmaev.COUNT, default=16, help="height and width of a token in pixels")
-
     add = parser.add_argument_group("method").add_argument
     add("--rate", type=cmaev.COUNT, default=4, help="sampling rate r: every r-th frame")
     add("--max-shift", type=cmaev.WHOLE, default=8, help="p: the target view starts 0 to p frames later")
@@ -62,26 +86,8 @@ def read_settings():
     add("--momentum", type=cmaev.SHARE, default=0.996, help="of the target encoder")
     add("--color-augment", action=flag, default=True, help="colour augmentation of the target view")
 
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=cmaev.COUNT, default=800, help="passes over the videos")
-    add("--warmup-epochs", type=cmaev.WHOLE, default=40, help="epochs of linear warm-up")
-    add("--batch-size", type=cmaev.COUNT, default=2048, help="clips per step over all ranks: the K of InfoNCE")
-    add("--lr", type=cmaev.POSITIVE, default=1.5e-4, help="base learning rate, times batch size / 256")
-    add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, times batch size / 256")
-    add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-5, help="end of the cosine, times batch size / 256")
-    add("--beta1", type=cmaev.BELOW_ONE, default=0.9, help="AdamW")
-    add("--beta2", type=cmaev.BELOW_ONE, default=0.95, help="AdamW")
-    add("--weight-decay", type=cmaev.NOT_NEGATIVE, default=0.05, help="AdamW; not on biases, norms, the mask token")
-    add("--clip-grad", type=cmaev.NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: unlimited")
-    add("--seed", type=cmaev.WHOLE, default=0, help="of the weights, the order and the samples")
-
-    add = parser.add_argument_group("machine and output").add_argument
-    add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto", help="auto: what the device is fast at")
-    add("--compile", action=flag, default=False, help="torch.compile")
-    add("--workers", type=cmaev.WHOLE, help="decoding processes per rank; on a GPU one per core, at most 16, else 2")
-    add("--log-every", type=cmaev.COUNT, default=20, help="steps per log line")
-    add("--save-every", type=cmaev.COUNT, default=1000, help="steps per checkpoint, saved at the next log line")
     add("--picture-every", type=cmaev.WHOLE, default=1000, help="steps per picture of reconstructions; 0: none")
+    add_shared_settings(parser)
     return cmaev.parse_settings(parser, RECIPES, sys.argv[1:])[0]
 
 
