@@ -1,22 +1,22 @@
 """CMAE-V: contrastive masked autoencoders for video, in one module (arXiv 2301.06018).
 
-Read it beside the paper, from top to bottom. The method comes first, what it needs of files and processes after it:
+Read it beside the paper, from top to bottom. The method comes first; file reading and training utilities follow:
 
-     1  tokens and tube mask   clips as cubes; the 90 % that the online encoder does not see
+     1  tokens and tube mask   cuts clips into cubes; masks 90 % of the tokens
      2  encoders               ViT and ConvViT: encoder(clip, mask) -> tokens
      3  decoder and heads      pixel decoder; projector and predictor with global batch statistics
      4  losses                 equations 4, 5 and 7
      5  CMAE-V                 equations 1 to 8 in `CMAEV.forward`; the momentum step
      6  the two views          temporal shift, crop, colours; the dataset
-     7  video files            exact frames from files and folders; lists
-     8  weights                this project's, VideoMAE's and Hugging Face's files in, an encoder out
+     7  video files            frame-accurate reading of video files and frame folders; list files
+     8  weights                loads this project's, VideoMAE's and Hugging Face's weights; saves an encoder
      9  training               what the scripts share: settings, ranks, AMP, schedule, step, checkpoint, log
-    10  demo                   a small labelled set of real video files, made on the spot
+    10  demo                   generates a small labelled set of video files
 
-The source of a number stands beside it: [paper], [VideoMAE], [CMAE], [ConvMAE], [MAE] are the paper and the public code
-of the methods it builds on; [choice] is ours, where all are silent.
-
-Shapes: B clips, T frames, H x W pixels; N tokens, N_v of them visible and N_m masked; D the encoder's width.
+Each number is marked with its source: the paper or public code of [VideoMAE], [CMAE], [ConvMAE], [MAE], ...; [choice]:
+ours, where none of them gives a value.
+Shapes: B clips, T frames, H x W pixels; N tokens, N_v visible, N_m masked; D encoder width; (T', H', W') token grid.
+A cube is the pixels of one token: a tubelet of frames x patch x patch. A tube is all tokens at one spatial position.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: its threads then leave the cores while they wait
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: waiting OpenMP threads sleep, not spin
 
 import av
 import numpy as np
@@ -64,11 +64,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in Vi
 
 
 class CMAEVError(ValueError):
-    """A setting, a list or a call that the user can put right. One line: what was wrong, where, and what to do."""
+    """An error that the user can fix. Its one-line message says what is wrong, where, and how to fix it."""
 
 
 class BadVideo(CMAEVError):
-    """A video that cannot be read. In training another video takes its place."""
+    """A video that cannot be read. Training replaces it with another video."""
 
 
 # =====================================================================================================================
@@ -77,29 +77,24 @@ class BadVideo(CMAEVError):
 
 
 def normalize(clips):
-    """Values in 0 to 255 [B, T, 3, H, W] as the dataset gives them -> float32 [B, 3, T, H, W] as the models take it."""
+    """ImageNet-normalises a batch: [B, T, 3, H, W] in 0..255 (datasets) -> float32 [B, 3, T, H, W] (models)."""
     channels = zip(clips.unbind(2), MEAN, STD)
     return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=1)
 
 
-def to_unit_range(clips):
-    """The inverse of `normalize`, up to the order of axes: [B, 3, T, H, W] -> the same with values in [0, 1]."""
-    return torch.stack([channel * std + mean for channel, mean, std in zip(clips.unbind(1), MEAN, STD)], dim=1)
-
-
 def token_grid(frames, size, tubelet, patch):
-    """Clip geometry -> token grid (T / tubelet, H / patch, W / patch). `size` is H = W or (H, W)."""
+    """Returns the token grid (T', H', W') of a clip. `size`: H = W as an int, or (H, W)."""
     height, width = (size, size) if isinstance(size, int) else size
     if frames % tubelet or height % patch or width % patch:
         raise CMAEVError(f"a clip of {frames} frames of {height}x{width} pixels does not divide into cubes of "
-                         f"{tubelet} frames of {patch}x{patch}: choose multiples")
+                         f"{tubelet} frames of {patch}x{patch}: frames and size must be multiples")
     return frames // tubelet, height // patch, width // patch
 
 
 def cubes(clip, grid, indices=None):
     """Cuts a clip into cubes, one per token: [B, 3, T, H, W] -> [B, N, values], values in order (t, h, w, channel).
 
-    With token indices [B, K], only those cubes: [B, K, values].
+    If token indices [B, K] are given, returns only those cubes: [B, K, values].
     """
     (t, h, w), (frames, height, width) = grid, clip.shape[2:]
     x = clip.reshape(-1, 3, t, frames // t, h, height // h, w, width // w).permute(0, 2, 4, 6, 3, 5, 7, 1)
@@ -109,43 +104,37 @@ def cubes(clip, grid, indices=None):
     return x[batch, indices // (h * w), indices // w % h, indices % w].flatten(2)
 
 
-def uncubes(x, grid, size):
-    """The inverse of `cubes`: [B, N, values] -> [B, 3, T, H, W], size (T, H, W)."""
-    (t, h, w), (frames, height, width) = grid, size
-    x = x.reshape(-1, t, h, w, frames // t, height // h, width // w, 3)
-    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, 3, frames, height, width)
-
-
 def tube_mask(batch, grid, ratio, generator=None):
-    """One random spatial mask per clip, repeated over time [VideoMAE] -> bool [batch, N], True = masked.
+    """Draws one random spatial mask per clip, repeated over time [VideoMAE] -> bool [batch, N], True = masked.
 
-    `grid` is the encoder's (T', H', W'), N = T' H' W'; of the H' W' positions, int(ratio H' W') are masked.
+    `grid` is the encoder's (T', H', W'). int(ratio * H' * W') of the H' * W' positions are masked.
     """
     time_steps, positions = grid[0], grid[1] * grid[2]
-    masked = int(ratio * positions)
-    if not 0 < masked < positions:
-        raise CMAEVError(f"mask ratio {ratio} masks {masked} of {positions} positions: it must mask some, not all")
+    num_masked = int(ratio * positions)
+    if not 0 < num_masked < positions:
+        raise CMAEVError(f"mask ratio {ratio} masks {num_masked} of {positions} positions: it must mask some, not all")
     rank = torch.rand(batch, positions, generator=generator).argsort(dim=1).argsort(dim=1)
-    return (rank < masked).repeat(1, time_steps)
+    return (rank < num_masked).repeat(1, time_steps)
 
 
 @torch.compiler.disable
 def visible_and_masked(mask, device=None):
-    """bool [B, N] -> token indices int64 of the visible [B, N_v] and the masked [B, N_m], ascending, on `device`.
+    """Returns the indices of the visible [B, N_v] and masked [B, N_m] tokens of a bool mask: int64, ascending.
 
-    Nothing waits for a GPU if the mask is on the CPU: the host knows the counts, and pinned memory holds the indices.
+    Keep the mask on the CPU: the counts are then known, and the indices copied to `device`, without synchronisation.
     """
-    masked = mask.sum(dim=1).tolist()
-    if len(set(masked)) > 1:
-        raise CMAEVError(f"a mask hides {min(masked)} to {max(masked)} tokens: all clips of a batch must have the same")
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) > 1 or not 0 < counts[0] < mask.shape[1]:
+        raise CMAEVError(f"masks hide {min(counts)} to {max(counts)} of {mask.shape[1]} tokens: every clip of a batch "
+                         "must hide the same number, neither none nor all")
     indices = mask.byte().argsort(dim=1, stable=True)
     if device is not None and device.type == "cuda" and not mask.is_cuda:
         indices = indices.pin_memory()
-    return indices.to(device or mask.device, non_blocking=True).split([mask.shape[1] - masked[0], masked[0]], dim=1)
+    return indices.to(device or mask.device, non_blocking=True).split([mask.shape[1] - counts[0], counts[0]], dim=1)
 
 
 def gather_tokens(tokens, indices):
-    """The tokens of the given indices: [B, N, ...], [B, K] -> [B, K, ...]."""
+    """Selects tokens by index: [B, N, ...], [B, K] -> [B, K, ...]."""
     return tokens.gather(1, indices.view(*indices.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:]))
 
 
@@ -155,7 +144,7 @@ def gather_tokens(tokens, indices):
 
 
 def sincos_table(tokens, width):
-    """VideoMAE's fixed 1-D sine-cosine positions over the flattened token index -> float32 [1, tokens, width].
+    """VideoMAE's fixed 1-D sine-cosine position embedding of the flattened token index -> float32 [1, tokens, width].
 
     Channel j of position n is sin (j even) or cos (j odd) of n / 10000^(2 (j // 2) / width).
     """
@@ -165,9 +154,9 @@ def sincos_table(tokens, width):
 
 
 class CubeEmbed(nn.Module):
-    """A Conv3d whose stride is its kernel, on whole cubes: [..., values (t, h, w, channel)] -> [..., width].
+    """Patch embedding, a Conv3d with stride = kernel size, as one matrix product: cubes [..., values] -> [..., width].
 
-    The weight has the convolution's shape, as in VideoMAE's files; the computation is one matrix product.
+    The weight keeps the Conv3d's shape, as in VideoMAE's files.
     """
 
     def __init__(self, width, cube):
@@ -179,7 +168,7 @@ class CubeEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: [B, N, D] -> [B, N, D]."""
+    """Multi-head self-attention: [B, N, D] -> [B, N, D]. VideoMAE has no key bias, which does not change a softmax."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -193,7 +182,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear, four times as wide inside."""
+    """Linear, GELU, Linear; hidden width 4 * width."""
 
     def __init__(self, width):
         super().__init__()
@@ -205,7 +194,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: [B, N, D] -> [B, N, D]. `drop_path` is the rate at which a clip skips a branch."""
+    """Pre-norm transformer block: [B, N, D] -> [B, N, D]. `drop_path`: stochastic depth, the rate per clip."""
 
     def __init__(self, width, heads, drop_path=0.0):
         super().__init__()
@@ -229,11 +218,10 @@ def init_weights(module):
 
 
 class Encoder(nn.Module):
-    """What all encoders share. encoder(clip [B, 3, T, H, W], mask=None) -> tokens [B, N_v or N, D].
+    """Base class. encoder(clip [B, 3, T, H, W], mask=None) -> tokens [B, N_v or N, D] in order (time, row, column).
 
-    `mask` is bool [B, N] (True = masked) or the visible indices int64 [B, N_v]; without one all N tokens are computed.
-    Tokens come in the order (time, row, column). A new encoder is a subclass with `forward` and `layers`, and a line in
-    ENCODERS.
+    `mask`: bool [B, N] with True = masked, or the indices int64 [B, N_v] of the visible tokens; without it all tokens
+    are visible. To add an encoder, write a subclass with `forward` and `layers`, and add it to ENCODERS.
     """
 
     def __init__(self, width, frames, size, tubelet, patch):
@@ -242,24 +230,27 @@ class Encoder(nn.Module):
         self.register_buffer("positions", sincos_table(math.prod(self.grid), width), persistent=False)
 
     def check(self, clip, mask=None):
-        """Raises CMAEVError for a clip or a bool mask of another shape than the encoder is built for."""
-        clip_shape = [3, *(n * side for n, side in zip(self.grid, self.cube))]
+        """Raises CMAEVError if the clip or the bool mask does not have the shape that the encoder is built for."""
+        clip_shape = [len(clip), 3, *(n * side for n, side in zip(self.grid, self.cube))]
         mask_shape = [len(clip), math.prod(self.grid)]
-        if list(clip.shape[1:]) != clip_shape:
-            raise CMAEVError(f"clip [B, 3, T, H, W] is {list(clip.shape)}, the encoder is built for {clip_shape}")
+        if list(clip.shape) != clip_shape:
+            raise CMAEVError(f"clip [B, 3, T, H, W] is {list(clip.shape)}, the encoder takes {clip_shape}")
         if mask is not None and (mask.dtype != torch.bool or list(mask.shape) != mask_shape):
             raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, the encoder takes bool [B, N] {mask_shape}")
 
     def visible_cubes(self, clip, mask):
-        """-> cubes [B, N_v, values], positions [B, N_v, D] and indices [B, N_v] of the visible tokens.
+        """Returns the visible tokens' cubes [B, N_v, values], position embedding [B, N_v, D] and indices [B, N_v].
 
-        Without a mask: of all N tokens, and None for the indices.
+        Without a mask: those of all N tokens, and None as indices.
         """
+        visible = mask
         if mask is None or mask.dtype != torch.int64:
             self.check(clip, mask)
-            mask = None if mask is None else visible_and_masked(mask, clip.device)[0]
+            visible = None if mask is None else visible_and_masked(mask, clip.device)[0]
         positions = self.positions.expand(len(clip), -1, -1)
-        return cubes(clip, self.grid, mask), positions if mask is None else gather_tokens(positions, mask), mask
+        if visible is not None:
+            positions = gather_tokens(positions, visible)
+        return cubes(clip, self.grid, visible), positions, visible
 
 
 class VisionTransformer(Encoder):
@@ -268,7 +259,7 @@ class VisionTransformer(Encoder):
     def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16, drop_path=0.0):
         super().__init__(width, frames, size, tubelet, patch)
         self.patch_embed = CubeEmbed(width, self.cube)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # as a matrix [MAE]
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # as a matrix [width, values] [MAE]
         self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in np.linspace(0, drop_path, depth).tolist())
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
@@ -281,21 +272,21 @@ class VisionTransformer(Encoder):
         return self.norm(x)
 
     def layers(self):
-        """The layers of layer-wise learning-rate decay, input first [VideoMAE]."""
+        """Returns the layers of layer-wise learning-rate decay, from input to output [VideoMAE]."""
         return [self.patch_embed, *self.blocks]
 
 
-# ConvViT's stages 1 and 2 hold s x s pixels of features per token, [B, N_v, s, s, C]: s = 4, then 2
+# In ConvViT's stages 1 and 2 each token has an s x s feature map, [B, N_v, s, s, C]: s = 4, then 2
 
 
 def tokens_to_map(x, grid, visible=None):
-    """Pixels of visible tokens -> the whole map, zero where masked: [B, N_v, s, s, C] -> [B, C, T', H' s, W' s].
+    """Scatters the visible tokens' features into the dense map: [B, N_v, s, s, C] -> [B, C, T', H' s, W' s], else zero.
 
-    In memory the channels come last: oneDNN's depthwise convolution then takes a third of the time.
+    The map is channels-last in memory: oneDNN's depthwise convolution is three times as fast on it.
     """
     if visible is not None:
-        everywhere = x.new_zeros(x.shape[0], math.prod(grid), *x.shape[2:])
-        x = everywhere.scatter(1, visible[..., None, None, None].expand_as(x), x)
+        dense = x.new_zeros(x.shape[0], math.prod(grid), *x.shape[2:])
+        x = dense.scatter(1, visible[..., None, None, None].expand_as(x), x)
     return x.unflatten(1, grid).transpose(3, 4).flatten(4, 5).flatten(2, 3).movedim(-1, 1)
 
 
@@ -305,38 +296,37 @@ def map_to_tokens(x, grid):
 
 
 def merge_2x2(x):
-    """Joins 2 x 2 neighbouring pixels inside each token: [B, N_v, s, s, C] -> [B, N_v, s / 2, s / 2, 4 C]."""
+    """Joins 2 x 2 neighbouring features inside each token: [B, N_v, s, s, C] -> [B, N_v, s / 2, s / 2, 4 C]."""
     return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4)
 
 
 def tube_windows(x, grid, visible, border):
-    """Each visible tube with the pixels around it: [B, N_v, s, s, C] -> [C, B, T', N_v / T', (s + 2 border)^2].
+    """Returns each visible token's window, its features and `border` more to each side, zero where masked or outside.
 
-    With s = 1 and a border of 2, the window of the tube x, whose left neighbour v is visible too:
-
+    [B, N_v, s, s, C] -> [C, B, T', N_v / T', (s + 2 border)^2]. For s = 1, border = 2, a token x and a visible v:
         . . . . .
-        . . . . .      . masked: zero
-        . v x . .      the kernel's 5 x 5 pixels around x lie inside the window
+        . . . . .
+        . v x . .
         . . . . .
         . . . . .
     """
     batch, side, window = len(x), x.shape[2], x.shape[2] + 2 * border
-    tubes = visible[:, :visible.shape[1] // grid[0]]  # their positions in the first time step
-    # 1. number the visible pixels of one time step from 1, and lay the numbers out as a map: 0 where masked
+    tubes = visible[:, :visible.shape[1] // grid[0]]  # the visible tokens' spatial indices, the same at each time step
+    # index map [B, H' s, W' s] of one time step: 1, 2, ... at visible features, 0 at masked ones
     index_map = torch.arange(1, tubes.shape[1] * side**2 + 1, device=x.device).view(1, -1, side, side, 1)
     index_map = tokens_to_map(index_map.expand(batch, -1, -1, -1, -1), (1, *grid[1:]), tubes)[:, 0, 0]
-    # 2. cut the map into windows, and keep those of the visible tubes
-    windows = F.pad(index_map, 4 * (border,)).unfold(1, window, side).unfold(2, window, side).flatten(1, 2)
-    windows = gather_tokens(windows, tubes).flatten(1)  # [B, N_v / T' window^2]
-    # 3. fetch the numbered pixels at each time step; number 0 is a zero in front of them
-    pixels = F.pad(x.unflatten(1, (grid[0], -1)).movedim(-1, 0).flatten(3), (1, 0))  # [C, B, T', 1 + N_v / T' s^2]
-    return pixels.gather(3, windows[None, :, None].expand(*pixels.shape[:3], -1)).unflatten(3, (-1, window**2))
+    # its windows around the visible tokens [B, N_v / T' window^2]
+    indices = F.pad(index_map, 4 * (border,)).unfold(1, window, side).unfold(2, window, side).flatten(1, 2)
+    indices = gather_tokens(indices, tubes).flatten(1)
+    # the features at these indices, at each time step; index 0 is a zero put in front of them
+    features = F.pad(x.unflatten(1, (grid[0], -1)).movedim(-1, 0).flatten(3), (1, 0))  # [C, B, T', 1 + N_v / T' s^2]
+    return features.gather(3, indices[None, :, None].expand(*features.shape[:3], -1)).unflatten(3, (-1, window**2))
 
 
 class ConvBlock(nn.Module):
-    """ConvMAE's masked convolution block on the pixels of visible tokens: [B, N_v, s, s, C] -> the same.
+    """ConvMAE's masked convolution block on the features of visible tokens: [B, N_v, s, s, C] -> the same.
 
-    All layers but one are pointwise and need no masked position. The depthwise convolution sees zeros there.
+    Only the depthwise convolution mixes positions. It sees zeros at masked tokens.
     """
 
     def __init__(self, width, drop_path=0.0):
@@ -350,11 +340,12 @@ class ConvBlock(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def depthwise_conv(self, x, grid, visible):
-        """The depthwise 5 x 5 x 5 convolution at the visible positions: [B, N_v, s, s, C] -> the same.
+        """The depthwise 5 x 5 x 5 convolution at the visible tokens: [B, N_v, s, s, C] -> the same.
 
-        With a mask it runs as matrix products on windows: the kernel, applied to each one-pixel image, gives the matrix
-        from a window's pixels to the tube's own, for each of the 5 time steps that the kernel reaches.
-        On a CPU in float32: oneDNN's bf16 gradient of a depthwise kernel is wrong with channels last (torch 2.15).
+        Equals map_to_tokens(depthwise(tokens_to_map(x, grid, visible)), grid) at the visible tokens, but computes no
+        others: at 90 % masking 10 to 20 times as fast on a CPU. It is a matrix product per window: applied to one-hot
+        images, the kernel's 5 temporal taps give the matrix. Each tap's result is shifted in time, and all are summed.
+        In float32 on a CPU: oneDNN's bf16 weight gradient is wrong with channels-last input (torch 2.14, 2.15).
         """
         with torch.autocast("cpu", enabled=False):
             x = x.float() if x.device.type == "cpu" else x
@@ -362,13 +353,13 @@ class ConvBlock(nn.Module):
                 return map_to_tokens(self.depthwise(tokens_to_map(x, grid)), grid)
             batch, time_steps, side, channels = len(x), grid[0], x.shape[2], x.shape[4]
             windows, pixels = tube_windows(x, grid, visible, border=2), (side + 4) ** 2
-            one_pixel_images = torch.eye(pixels, device=x.device).view(-1, 1, side + 4, side + 4)
-            matrices = F.conv2d(one_pixel_images, self.depthwise.weight.view(-1, 1, 5, 5)).view(pixels, channels, -1)
-            parts = windows.flatten(1, 3) @ matrices.transpose(0, 1)  # [C, B N_v, 5 s^2]
-            parts = parts.view(channels, batch, time_steps, -1, 5, side, side).unbind(4)
-            moved = (F.pad(part, (0, 0, 0, 0, 0, 0, 2 - i, i - 2)) for i, part in enumerate(parts)  # by time steps
-                     if abs(2 - i) < time_steps)
-            return sum(moved).flatten(2, 3).movedim(0, -1) + self.depthwise.bias
+            one_hot_images = torch.eye(pixels, device=x.device).view(-1, 1, side + 4, side + 4)
+            matrices = F.conv2d(one_hot_images, self.depthwise.weight.view(-1, 1, 5, 5)).view(pixels, channels, -1)
+            taps = windows.flatten(1, 3) @ matrices.transpose(0, 1)  # [C, B N_v, 5 s^2]
+            taps = taps.view(channels, batch, time_steps, -1, 5, side, side).unbind(4)
+            shifted = (F.pad(tap, (0, 0, 0, 0, 0, 0, 2 - i, i - 2)) for i, tap in enumerate(taps)  # by 2 - i time steps
+                       if abs(2 - i) < time_steps)
+            return sum(shifted).flatten(2, 3).movedim(0, -1) + self.depthwise.bias
 
     def forward(self, x, grid, visible):
         x = x + self.drop_path(self.conv2(self.depthwise_conv(self.conv1(self.norm1(x)), grid, visible)))
@@ -378,15 +369,15 @@ class ConvBlock(nn.Module):
 class ConvViT(Encoder):
     """ConvMAE's hybrid encoder for video: two stages of masked convolutions, then ViT blocks.
 
-    A patch embedding's stride is its kernel, so that it is a matrix product inside each token. For video [choice]: the
-    tubelet sits in the first embedding, the depthwise kernel is 3-D; grid, positions and tube mask are the ViT's.
-    `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's pre-training; its fine-tuning leaves that out.
+    Each patch embedding acts inside one token, so it is a matrix product. For video [choice]: the first embedding spans
+    the tubelet's frames; depthwise kernels are 5 x 5 x 5; grid, position embedding and tube mask are the ViT's.
+    `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's pre-training. Fine-tuning goes without it.
     """
 
     def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True, drop_path=0.0):
         super().__init__(widths[2], frames, size, tubelet, patch)
         if patch % 4:
-            raise CMAEVError(f"patch size {patch}: ConvViT halves it twice and needs a multiple of 4")
+            raise CMAEVError(f"patch size {patch}: ConvViT needs a multiple of 4")
         self.patch_embed1 = CubeEmbed(widths[0], (tubelet, patch // 4, patch // 4))
         self.patch_embed2 = nn.Linear(4 * widths[0], widths[1])
         self.patch_embed3 = nn.Linear(4 * widths[1], widths[2])
@@ -400,7 +391,7 @@ class ConvViT(Encoder):
         self.fusion2 = nn.Linear(4 * widths[1], widths[2]) if fusion else None
         self.norm = nn.LayerNorm(widths[2], eps=1e-6)
         for module in (self.patch_embed3, self.patch_embed4, self.blocks3):
-            module.apply(init_weights)  # all other layers are convolutions with PyTorch's initialisation [ConvMAE]
+            module.apply(init_weights)  # the others are convolutions in ConvMAE, with PyTorch's initialisation
 
     def forward(self, clip, mask=None):
         x, positions, visible = self.visible_cubes(clip, mask)
@@ -424,15 +415,15 @@ class ConvViT(Encoder):
             stage3 = stage3 + self.fusion1(stage1.flatten(2)) + self.fusion2(stage2.flatten(2))
         return self.norm(stage3)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # it reads the mask's values
     def check(self, clip, mask=None):
-        """As Encoder.check; raises CMAEVError also for a mask that is not the same at every time step."""
+        """Raises CMAEVError as Encoder.check does, and if the mask is not the same at every time step."""
         super().check(clip, mask)
         if mask is not None and not (tubes := mask.unflatten(1, (self.grid[0], -1))).eq(tubes[:, :1]).all():
-            raise CMAEVError("ConvViT computes whole tubes: its mask must be the same at every time step (tube_mask)")
+            raise CMAEVError("ConvViT needs a tube mask: the same positions masked at every time step (tube_mask)")
 
     def layers(self):
-        """The layers of layer-wise learning-rate decay: everything before stage 3 is one [ConvMAE]."""
+        """As VisionTransformer.layers; stages 1 and 2 and all embeddings are one layer [ConvMAE]."""
         return [nn.ModuleList([self.patch_embed1, self.patch_embed2, self.patch_embed3, self.patch_embed4,
                                self.embed_norms, self.blocks1, self.blocks2]), *self.blocks3]
 
@@ -448,12 +439,12 @@ ENCODERS = {  # name: class, sizes
 
 
 def build_encoder(name, fusion=True, **geometry):
-    """An encoder of ENCODERS for clips of a geometry: frames, size, tubelet, patch.
+    """Builds an encoder by name. `geometry`: frames, size, tubelet, patch, drop_path.
 
     `fusion` False leaves out the multi-scale fusion of an encoder that has it.
     """
     if name not in ENCODERS:
-        raise CMAEVError(f"no encoder {name!r}: there are {', '.join(ENCODERS)}")
+        raise CMAEVError(f"no encoder {name!r}: choose from {', '.join(ENCODERS)}")
     encoder, sizes = ENCODERS[name]
     return encoder(**sizes | geometry | ({} if fusion or "fusion" not in sizes else {"fusion": False}))
 
@@ -466,7 +457,7 @@ def build_encoder(name, fusion=True, **geometry):
 class PixelDecoder(nn.Module):
     """VideoMAE's decoder: decoder(tokens [B, N_v, D], visible [B, N_v], masked [B, N_m]) -> cubes [B, N_m, values].
 
-    Half of the encoder's width and 64 channels per head, which is VideoMAE's decoder for small, base and large.
+    4 blocks of half the encoder's width, 64 channels per head: VideoMAE's for ViT-S and B; ConvViT's too [choice].
     """
 
     def __init__(self, encoder, depth=4):
@@ -494,7 +485,7 @@ class PixelDecoder(nn.Module):
 class AllReduce(torch.autograd.Function):
     """Sum over ranks, forward and backward, on every backend.
 
-    torch's SyncBatchNorm refuses CPU tensors, and torch.distributed.nn.functional cannot be compiled.
+    torch's SyncBatchNorm does not support CPU tensors, and torch.distributed.nn.functional cannot be compiled.
     """
 
     @staticmethod
@@ -509,9 +500,9 @@ class AllReduce(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch norm with the statistics of the batch of all ranks: [B, C] -> [B, C] in float32.
+    """Batch norm over the global batch, with the same B on each rank: [B, C] -> [B, C] in float32.
 
-    Only pre-training uses it, so it keeps no running statistics.
+    It keeps no running statistics, as only pre-training uses it.
     """
 
     def __init__(self, width):
@@ -538,14 +529,14 @@ class ProjectionHead(nn.Sequential):
 
 
 # =====================================================================================================================
-# 4  Losses, in float32 under AMP too
+# 4  Losses (float32, also under AMP)
 # =====================================================================================================================
 
 
 def standardize(x):
-    """Standardises the pixels of each cube per channel [VideoMAE]: [..., values] -> the same, mean and std [..., 1, 3].
+    """Standardises normalised cubes per channel [VideoMAE] -> cubes [..., values], their mean and std [..., 1, 3].
 
-    The cubes are normalised; the unbiased standard deviation gets VideoMAE's 1e-6, which is in units of [0, 1].
+    The variance is unbiased. VideoMAE adds 1e-6 to the std of pixels in [0, 1], which is 1e-6 / STD here.
     """
     pixels = x.unflatten(-1, (-1, 3))
     std, mean = torch.std_mean(pixels, dim=-2, keepdim=True)
@@ -554,7 +545,7 @@ def standardize(x):
 
 
 def reconstruction_loss(prediction, clip, masked, grid):
-    """Equation 7: mean squared error between predicted and standardised masked cubes -> float32 scalar.
+    """Equation 7: mean squared error of the predicted masked cubes, a mean over their values too -> float32 scalar.
 
     prediction [B, N_m, values]; clip [B, 3, T, H, W], normalised; masked indices [B, N_m]; grid (T', H', W').
     """
@@ -562,15 +553,16 @@ def reconstruction_loss(prediction, clip, masked, grid):
 
 
 def info_nce(query, key, temperature):
-    """Equations 4 and 5: cosine similarities, and the cross-entropy of finding one's own key among all ranks' keys.
+    """Equations 4 and 5: cosine similarity and InfoNCE over the keys of all ranks, with the same B on each rank.
 
-    query, key [B, C], row i of both from the same video -> loss, top-1 accuracy of the finding; float32 scalars.
+    query, key [B, C]; row i of both is of the same clip, all other keys are negatives. Returns the loss and the share
+    of queries whose most similar key is the positive; float32 scalars.
     """
     query, keys = F.normalize(query.float(), dim=1), gather_over_ranks(F.normalize(key.float(), dim=1))
     with torch.autocast(query.device.type, enabled=False):
-        similarity = query @ keys.T / temperature  # [B, B * world]
-    own = torch.arange(len(query), device=query.device) + len(query) * this_rank()
-    return F.cross_entropy(similarity, own), (similarity.argmax(dim=1) == own).float().mean()
+        logits = query @ keys.T / temperature  # [B, B * world]
+    positives = torch.arange(len(query), device=query.device) + len(query) * this_rank()
+    return F.cross_entropy(logits, positives), (logits.argmax(dim=1) == positives).float().mean()
 
 
 # =====================================================================================================================
@@ -581,9 +573,9 @@ def info_nce(query, key, temperature):
 class CMAEV(nn.Module):
     """The whole method. model(online, target, mask) -> float32 scalars: loss, reconstruction, contrast, accuracy.
 
-    online, target [B, 3, T, H, W] normalised clips; mask bool [B, N], best left on the CPU (see visible_and_masked).
-    `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): target is then None, and there is no target
-    branch. Geometry (frames, size, tubelet, patch) and fusion are the encoder's.
+    online, target: normalised clips [B, 3, T, H, W]; mask: bool [B, N], on the CPU. pretrain.py applies augment_colors
+    to the target, normalize to both, and calls update_target after each optimiser step. `contrast_weight` 0 is
+    VideoMAE (ViT) or a video ConvMAE (ConvViT): no target branch is built. `geometry`: see build_encoder.
     """
 
     def __init__(self, encoder="vit_base", contrast_weight=0.14, temperature=0.07, **geometry):
@@ -609,9 +601,8 @@ class CMAEV(nn.Module):
             return dict(loss=reconstruction, reconstruction=reconstruction, contrast=zero, accuracy=zero)
 
         if target is None or len(online) * world_size() < 2:
-            raise CMAEVError("the contrastive branch needs a target clip, the shape of the online one, and two or more "
-                             "clips in the global batch: give both, or contrast_weight=0")
-        feature = tokens.mean(dim=1)  # equation 2, without the feature decoder (section 3)
+            raise CMAEVError("InfoNCE needs a target clip and two or more clips in the global batch")
+        feature = tokens.mean(dim=1)  # equation 2 over the visible tokens: no feature decoder (section 3)
         with torch.no_grad():
             target_feature = self.target_encoder(target).mean(dim=1)  # equation 3
             key = self.target_projector(target_feature)
@@ -622,7 +613,7 @@ class CMAEV(nn.Module):
 
     @torch.no_grad()
     def update_target(self, momentum):
-        """theta_t <- momentum theta_t + (1 - momentum) theta_s, after every optimiser step."""
+        """The momentum (EMA) step: theta_t <- momentum * theta_t + (1 - momentum) * theta_s."""
         if self.contrast_weight:
             target = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
             source = [*self.encoder.parameters(), *self.projector.parameters()]
@@ -630,18 +621,31 @@ class CMAEV(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, clip, mask):
-        """Normalised clip [B, 3, T, H, W] and mask -> four clips of the same shape, in [0, 1]:
+        """Returns four clips in [0, 1], shaped as the normalised clip [B, 3, T, H, W].
 
-        original; masked, in ImageNet's mean colour; mean colour of each masked cube; reconstruction. The model predicts
-        standardised cubes, so the reconstruction takes each cube's mean and standard deviation from the original.
+        The original; masked cubes filled with ImageNet's mean, with their own mean colour, and with the prediction. The
+        model predicts standardised cubes: their mean and standard deviation are taken from the original.
         """
+        self.encoder.check(clip, mask)
         x, (visible, masked) = cubes(clip, self.encoder.grid), visible_and_masked(mask, clip.device)
         prediction = self.decoder(self.encoder(clip, visible), visible, masked).float()
         _, mean, std = standardize(gather_tokens(x, masked))
         pixels = prediction.unflatten(-1, (-1, 3))
-        fills = [torch.zeros_like(pixels), mean.expand_as(pixels), pixels * std + mean]
-        rows = [x, *(x.scatter(1, masked[..., None].expand_as(prediction), fill.flatten(-2)) for fill in fills)]
-        return [to_unit_range(uncubes(row, self.encoder.grid, clip.shape[2:])).clamp(0, 1) for row in rows]
+        fillings = [torch.zeros_like(pixels), mean.expand_as(pixels), pixels * std + mean]
+        filled = [x.scatter(1, masked[..., None].expand_as(prediction), filling.flatten(-2)) for filling in fillings]
+        return [to_unit_range(uncubes(x, self.encoder.grid, clip.shape[2:])).clamp(0, 1) for x in (x, *filled)]
+
+
+def to_unit_range(clips):
+    """Undoes the mean and std of `normalize`: [B, 3, T, H, W] -> the same shape in [0, 1]."""
+    return torch.stack([channel * std + mean for channel, mean, std in zip(clips.unbind(1), MEAN, STD)], dim=1)
+
+
+def uncubes(x, grid, size):
+    """The inverse of `cubes`: [B, N, values] -> [B, 3, T, H, W], size (T, H, W)."""
+    (t, h, w), (frames, height, width) = grid, size
+    x = x.reshape(-1, t, h, w, frames // t, height // h, width // w, 3)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, 3, frames, height, width)
 
 
 # =====================================================================================================================
@@ -650,29 +654,29 @@ class CMAEV(nn.Module):
 
 
 def seed_of(*key):
-    """Non-negative integers -> one well-mixed 64-bit seed."""
+    """Hashes non-negative integers to a 64-bit seed. Zeros at the end do not count."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
 @contextlib.contextmanager
 def seeded(*key):
-    """torch's global CPU generator, seeded from the integers `key` inside the block and as it was after it.
+    """Seeds torch's global CPU generator from the integers `key` inside the block, and restores it at the end.
 
-    It is the global one because torchvision's transforms draw from that.
+    torchvision's random transforms draw from the global one.
     """
     with torch.random.fork_rng(devices=[]):
         yield torch.default_generator.manual_seed(seed_of(*key))
 
 
 def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
-    """Frame indices of the two views of one video (paper, section 3) -> (online, target), int64 [frames] each.
+    """Draws the frame indices of the two views of a video (paper, section 3) -> (online, target), int64 [frames] each.
 
     Online: t1 + i * rate for i in 0 .. frames - 1. Target: the same plus delta, uniform on {0, ..., max_shift}. t1 is
-    uniform over every start at which both views fit. A shorter video is continued by its last frame [VideoMAE].
+    uniform over all starts at which both views fit. If the video is too short, its last frame repeats [VideoMAE].
     """
     if min(num_frames, frames, rate) < 1 or max_shift < 0:
-        raise CMAEVError(f"num_frames {num_frames}, frames {frames} and rate {rate} have to be 1 or more, max_shift "
-                         f"{max_shift} 0 or more")
+        raise CMAEVError(f"num_frames={num_frames}, frames={frames} and rate={rate} must be 1 or more, and "
+                         f"max_shift={max_shift} 0 or more")
     delta = torch.randint(max_shift + 1, (), generator=generator)
     starts = num_frames - ((frames - 1) * rate + int(delta))
     t1 = torch.randint(max(starts, 1), (), generator=generator)
@@ -681,16 +685,16 @@ def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
 
 
 def multi_scale_crop(height, width, generator=None):
-    """One random crop -> (top, left, height, width) in pixels [VideoMAE's multi-scale crop].
+    """Draws VideoMAE's multi-scale crop -> (top, left, height, width) in pixels.
 
-    Its sides are two scales of the short side, at most one step apart. Its position is one of 13: the corners, the
-    centre, the middles of the edges and the quarter points of the free room.
+    Height and width are the short side times 1, .875, .75 or .66, at most one step apart. The offset is one of 13, in
+    quarters of the margin: corners, centre, edge middles and the four quarter points.
     """
     sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
     sizes = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
-    positions = [(y, x) for y in range(5) for x in range(5) if y % 2 == x % 2]  # in quarters of the free room
+    offsets = [(y, x) for y in range(5) for x in range(5) if y % 2 == x % 2]  # in quarters of the margin
     h, w = sizes[torch.randint(len(sizes), (), generator=generator)]
-    y, x = positions[torch.randint(len(positions), (), generator=generator)]
+    y, x = offsets[torch.randint(len(offsets), (), generator=generator)]
     return (height - h) * y // 4, (width - w) * x // 4, h, w
 
 
@@ -698,12 +702,12 @@ LUMA = 0.299, 0.587, 0.114  # of red, green and blue
 
 
 def draw_colors():
-    """Draws one clip's colour augmentation of the target view [CMAE] -> float32 [11], see color_map.
+    """Draws the target view's colour augmentation of one clip [CMAE] -> float32 [11], see color_parameters.
 
     ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2, Gaussian blur of sigma 0.1 to 2 with 0.5.
     """
     brightness = contrast = saturation = torch.ones(())
-    hue, sigma = torch.zeros(()), torch.tensor(0.01)  # so small a blur changes nothing
+    hue, sigma = torch.zeros(()), torch.tensor(0.01)  # sigma 0.01: no blur
     if torch.rand(()) < 0.8:
         brightness, contrast, saturation = 1 + 0.4 * (2 * torch.rand(3) - 1)
         hue = 0.1 * (2 * torch.rand(()) - 1)
@@ -711,41 +715,39 @@ def draw_colors():
         saturation = torch.zeros(())  # grey
     if torch.rand(()) < 0.5:
         sigma = 0.1 + 1.9 * torch.rand(())
-    return color_map(brightness, contrast, saturation, hue, sigma)
+    return color_parameters(brightness, contrast, saturation, hue, sigma)
 
 
-def color_map(brightness, contrast, saturation, hue, sigma):
-    """Factors as torchvision's, hue in turns, blur in pixels; scalars -> float32 [11]: matrix 3x3, contrast, sigma.
+def color_parameters(brightness, contrast, saturation, hue, sigma):
+    """Returns float32 [11]: a 3 x 3 colour matrix, the weight of the clip's mean luma, the blur's sigma in pixels.
 
-    Brightness, contrast, saturation and hue are linear in a colour. They are composed in this order [choice], and
-    augment_colors clamps once; torchvision draws the order and clamps after each.
+    Takes scalars: torchvision's factors, hue as a fraction of a full turn. All but the blur become one affine map, in
+    this order, clamped once [choice]: hue turns the IQ plane, contrast mixes in the clip's mean luma. torchvision draws
+    the order, shifts hue in HSV, takes each frame's mean, and clamps after each.
     """
     yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
-    turn = torch.eye(3)
-    turn[1:, 1:] = torch.stack([cos, sin, -sin, cos]).view(2, 2)  # of the IQ plane, by -2 pi hue
+    turn_hue = torch.eye(3)
+    turn_hue[1:, 1:] = torch.stack([cos, sin, -sin, cos]).view(2, 2)  # by -2 pi hue, HSV's direction
     saturate = torch.lerp(yiq[:1].expand(3, 3), torch.eye(3), saturation)
-    matrix = brightness * contrast * yiq.inverse() @ turn @ yiq @ saturate
+    matrix = brightness * contrast * yiq.inverse() @ turn_hue @ yiq @ saturate
     return torch.cat([matrix.flatten(), torch.stack([brightness * (1 - contrast), sigma])])
 
 
 def augment_colors(clips, colors):
-    """Applies each clip's colours to all of its frames: uint8 [B, T, 3, S, S], float32 [B, 11] -> float32, 0 to 255.
-
-    Contrast adds a part of the clip's mean luma, the same to each channel. Nothing waits for the device.
-    """
-    matrix, contrast, sigma = colors.repeat_interleave(clips.shape[1], dim=0).split([9, 1, 1], dim=1)  # per frame
+    """Applies each clip's colours to all of its frames: uint8 [B, T, 3, S, S], float32 [B, 11] -> float32 in 0..255."""
+    matrix, luma_weight, sigma = colors.repeat_interleave(clips.shape[1], dim=0).split([9, 1, 1], dim=1)  # per frame
     x = clips.flatten(3).float()  # [B, T, 3, S^2]
     luma = sum(weight * mean for weight, mean in zip(LUMA, x.mean(dim=(1, 3)).unbind(1)))  # [B]
-    offset = contrast * luma.repeat_interleave(clips.shape[1])[:, None]
+    offset = luma_weight * luma.repeat_interleave(clips.shape[1])[:, None]
     x = torch.baddbmm(offset[..., None], matrix.view(-1, 3, 3), x.flatten(0, 1))
     return blur(x.clamp_(0, 255).view_as(clips), sigma[::clips.shape[1]])
 
 
 def blur(x, sigma):
-    """Gaussian blur of 13 taps: [B, T, 3, S, S], sigma [B, 1] in pixels -> the same; at an edge, of the taps inside.
+    """13-tap Gaussian blur by one matrix product over rows and one over columns: [B, T, 3, S, S], sigma [B, 1].
 
-    One matrix product over the rows and one over the columns.
+    At the borders the kernel is renormalised over the pixels inside.
     """
     pixel = torch.arange(x.shape[-1], device=x.device)
     distance = (pixel[:, None] - pixel).abs()
@@ -756,11 +758,11 @@ def blur(x, sigma):
     return x
 
 
-def name_bad_video(path, reason, log=None):
-    """Prints a bad video and adds it to `log`, a file of JSON lines that all workers share, unless it is there."""
+def log_bad_video(path, reason, log=None):
+    """Prints a bad video and appends it to the JSON lines of the file `log`, which all workers share, once per path."""
     if log:
         with open(log, "a+") as file:
-            with contextlib.suppress(OSError, AttributeError):  # a file system or a system without locks
+            with contextlib.suppress(OSError, AttributeError):  # there are no file locks here
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             if any(json.loads(line)["path"] == path for line in file):
@@ -770,10 +772,11 @@ def name_bad_video(path, reason, log=None):
 
 
 class VideoClips(Dataset):
-    """Clips of videos: dataset[epoch, index] -> dict of tensors, a pure function of (seed, epoch, index).
+    """Base dataset: dataset[epoch, index] -> dict of tensors, a pure function of (seed, epoch, index).
 
-    `videos` is read_list's; a subclass defines `sample`. The clips of a bad video are those of another one, drawn from
-    (seed, epoch, index, attempt); the file `log` names the bad one, and the sample's "replaced", bool [clips], says so.
+    `videos`: from read_list. A subclass defines `sample`. A bad video is replaced by another one, which is drawn from
+    (seed, epoch, index, attempt). The file `log` then lists it, and "replaced", bool [clips], is True in the sample.
+    Raises CMAEVError after ten bad videos in a row.
     """
 
     attempts = 10
@@ -800,7 +803,7 @@ class VideoClips(Dataset):
                     break
             except BadVideo as error:
                 reason = last_line(error)
-                name_bad_video(path, reason, self.log)
+                log_bad_video(path, reason, self.log)
         else:
             sample, replaced = self.no_sample(label, index, reason), True
         return sample | {"replaced": torch.full((len(next(iter(sample.values()))),), replaced)}
@@ -812,8 +815,8 @@ class VideoClips(Dataset):
 class PretrainClips(VideoClips):
     """The two views of each video and their tube mask.
 
-    `grid` is the encoder's token grid. `repeats` clips, each with its own start, shift, crop and mask, come out of one
-    opened video [mae_st]. dataset[epoch, index], R = repeats, S = size:
+    `grid`: the encoder's token grid. `repeats`: clips per opened video, each with its own start, shift, crop and mask
+    [mae_st]; they are each other's negatives in InfoNCE. dataset[epoch, index], R = repeats, S = size:
         online    uint8 [R, T, 3, S, S]   the view to be masked
         target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
         colors    float32 [R, 11]         the target's colour augmentation (draw_colors)
@@ -833,7 +836,7 @@ class PretrainClips(VideoClips):
             len(video), self.frames, self.rate, self.max_shift, generator)) for _ in range(self.repeats)])  # [R, 2, T]
         if not self.two_views:
             indices = indices[:, :1]
-        frames = video.frames(indices.flatten())  # one decoding pass for all of them
+        frames = video.frames(indices.flatten())  # decodes all of them in one pass
         views = torch.stack([self.crop([frames[i] for i in clip.flatten().tolist()], generator).unflatten(0, clip.shape)
                              for clip in indices])  # [R, 2, T, 3, S, S]
         sample = {"online": views[:, 0], "mask": tube_mask(self.repeats, self.grid, self.mask_ratio, generator)}
@@ -842,7 +845,7 @@ class PretrainClips(VideoClips):
         return sample
 
     def crop(self, frames, generator):
-        """The frames of a clip's two views under one random crop: n times uint8 [H, W, 3] -> [n, 3, S, S]."""
+        """Crops the frames of both views with one random crop and resizes: n times uint8 [H, W, 3] -> [n, 3, S, S]."""
         top, left, height, width = multi_scale_crop(*frames[0].shape[:2], generator)
         views = torch.stack([frame[top:top + height, left:left + width] for frame in frames]).movedim(-1, 1)
         return v2.functional.resize(views, [self.size, self.size], antialias=True)
@@ -857,14 +860,16 @@ VIDEO_SUFFIXES = set(
     ".flv .wmv .asf .ogv .ogm .mxf .gif .apng .y4m .mjpeg .mjpg .rm .rmvb .dv .nut .ivf .obu .h264 .264 .hevc .h265 "
     ".265 .wtv".split())
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
-CONTAINERS = (  # those that hold their frames themselves: no playlists, no lists of other files
+CONTAINERS = (  # formats that contain their own frames: no playlists, no references to other files
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,gif,apng,yuv4mpegpipe,mjpeg,jpeg_pipe,mpjpeg,rm,nut,dv,"
     "ivf,obu,h261,h263,h264,hevc,m4v,vc1,dirac,dnxhd,gxf,wtv,nsv,swf,roq,smk,flic,film_cpk,smjpeg")
-INDEXED = {"mov", "matroska"}  # those with a time for each frame
-ONE_TO_ONE = {"h264", "hevc", "av1", "vp9", "mjpeg", "prores"}  # codecs of which each packet is a frame that is shown
-ANY_METADATA = {} if int(av.__version__.split(".")[0]) > 18 else dict(metadata_errors="replace")  # PyAV 19: always
-MAX_PIXELS, MAX_BYTES = 2**26, 2**32  # of one frame; of a sample's frames before they are cropped
-MAX_KEPT, MAX_SECONDS = 2**28, 60  # bytes of frames kept of a file without an index; to open or to read one file
+INDEXED = {"mov", "matroska"}  # formats with a timestamp per frame
+ONE_TO_ONE = {"h264", "hevc", "av1", "vp9", "mjpeg", "prores"}  # codecs with one shown frame per packet
+ANY_METADATA = {} if int(av.__version__.split(".")[0]) > 18 else dict(metadata_errors="replace")  # default in PyAV 19
+MAX_PIXELS = 2**26  # of one frame
+MAX_BYTES = 2**32  # of the frames of one sample, before they are cropped
+MAX_KEPT = 2**28  # bytes of decoded frames that are kept of a file without an index
+MAX_SECONDS = 60  # to open a file, and to read from it
 
 
 def last_line(error):
@@ -875,23 +880,23 @@ def last_line(error):
 
 @contextlib.contextmanager
 def bad_video(path, what):
-    """Turns what a library raises inside the block into BadVideo: "path: cannot be {what}: its message"."""
+    """Converts library errors inside the block to BadVideo, "path: cannot be {what}: message"."""
     try:
         yield
     except CMAEVError:
         raise
     except (av.error.FFmpegError, OSError, RuntimeError, ValueError, ArithmeticError, MemoryError) as error:
-        error.__traceback__ = None  # from Python 3.12 on in a cycle with its frames, which keep the file open
+        error.__traceback__ = None  # from Python 3.12 on it forms a reference cycle that keeps the file open
         raise BadVideo(f"{path}: cannot be {what}: {last_line(error)}") from None
 
 
 class Video:
     """The sequence of frames that `ffmpeg -i path` shows.
 
-    `path` is a file, whose best video stream is read, or a folder of JPEG or PNG frames in natural order (img_2 before
-    img_10). Where a file's packets prove which frames it has, `read` seeks. Any other file is decoded from the start,
-    once per opened file if its frames take at most MAX_KEPT bytes.
-    Raises BadVideo for what cannot be opened, has no frames, or exceeds the limits above.
+    `path`: a file, whose best video stream is read, or a folder of JPEG or PNG frames in natural order (img_2 before
+    img_10). If a file's packets give a frame index that can be trusted, `read` seeks. Otherwise the file is decoded
+    from the start, once per opened file if its frames take at most MAX_KEPT bytes.
+    Raises BadVideo if the file cannot be opened, has no frames, or exceeds the limits above.
     """
 
     container = images = times = kept = None
@@ -911,7 +916,7 @@ class Video:
             raise BadVideo(f"{path}: no frames in it: give a video file, or a folder of .jpg or .png frames")
 
     def __del__(self):
-        if self.container:  # its streams refer to it: left open, it would wait for Python's garbage collector
+        if self.container:  # its streams reference it, so that only the garbage collector would close it
             self.container.close()
 
     def __len__(self):
@@ -934,7 +939,7 @@ class Video:
         with bad_video(self.path, "decoded"):
             read = self._read_images if self.images else self._seek_and_decode if self.times else self._decode_wanted
             frames = dict(read(wanted))
-            if self.times and len(frames) < len(wanted):  # the frames are not those that the packets promise
+            if self.times and len(frames) < len(wanted):  # the index was wrong
                 self._count_frames()
                 frames = dict(self._decode_wanted(wanted))
         if len(frames) < len(wanted):
@@ -970,7 +975,7 @@ class Video:
             raise BadVideo(f"{self.path}: has no video stream that can be decoded: take it off the list")
         self.size = self.codec.width, self.codec.height
         self._check_size(*self.size)
-        self.codec.options = {"max_pixels": str(MAX_PIXELS)}  # should a later header say otherwise
+        self.codec.options = {"max_pixels": str(MAX_PIXELS)}  # also if the size changes later in the stream
         self.codec.thread_count = 1  # the loader's workers are the parallelism
 
     def _packets(self):
@@ -978,30 +983,31 @@ class Video:
             if time.monotonic() > self.deadline:
                 raise BadVideo(f"{self.path}: takes more than {MAX_SECONDS} s to read: cut it, or put it into another "
                                "container: ffmpeg -i old -c copy new.mp4")
-            if packet.size:  # AVI has empty ones for frames left out, and the last one is PyAV's own
+            if packet.size:  # without the empty ones: AVI's dropped frames, and PyAV's final flush packet
                 yield packet
 
     def _index_packets(self):
-        """Finds the times of the frames and of the key frames without decoding -> whether the packets prove them.
+        """Indexes the times of frames and key frames without decoding. Returns True if the index can be trusted.
 
-        Proof [choice]: a container with a time per frame, a codec with a frame per packet, a key frame that is first in
-        both orders, distinct times, rising decoding times, no damage. Packets that an edit list discards are not shown.
+        It can [choice] if the format has a timestamp per frame and the codec a frame per packet, the first packet is
+        a key frame and the first frame, times are distinct, decoding times rise, and no packet is damaged. Packets that
+        an edit list discards are not shown.
         """
         codec, packets, decoding = self.codec.codec.canonical_name, [], -math.inf
         if self.container.format.name.split(",")[0] not in INDEXED or codec not in ONE_TO_ONE:
             return False
         try:
             for packet in self._packets():
-                before, decoding = decoding, decoding + 1 if packet.dts is None else packet.dts  # Matroska's first ones
+                before, decoding = decoding, decoding + 1 if packet.dts is None else packet.dts  # Matroska: may be None
                 if packet.pts is None or decoding <= before or packet.is_corrupt:
                     return False
                 if not packets and codec == "h264" and not self._has_idr(bytes(packet)):
-                    return False  # a recovery point: frames are shown only some packets later
+                    return False  # the file starts at a recovery point: its first packets show no frame
                 packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
         except av.error.FFmpegError:
             return False
         times = [time for time, _, _ in packets]
-        unordered = self.codec.has_b_frames and times == sorted(times)  # the frames are reordered, the times are not
+        unordered = self.codec.has_b_frames and times == sorted(times)  # the times are decoding times
         if unordered or len(set(times)) < len(times) or not times or times[0] > min(times) or not packets[0][1]:
             return False
         self.times = sorted(time for time, _, discard in packets if not discard)
@@ -1010,17 +1016,17 @@ class Video:
         return self.length > 0
 
     def _has_idr(self, data):
-        """Whether an H.264 packet of mp4 or Matroska (units behind their lengths) has a slice of type 5, IDR."""
+        """Whether an H.264 packet of mp4 or Matroska (length-prefixed units) has an IDR slice, type 5."""
         at, length_bytes = 0, (self.codec.extradata[4] & 3) + 1 if len(self.codec.extradata or b"") > 4 else 4
         while at + length_bytes < len(data) and data[at + length_bytes] & 31 != 5:
             at += length_bytes + int.from_bytes(data[at:at + length_bytes], "big")
         return at + length_bytes < len(data)
 
     def _seek_and_decode(self, wanted):
-        """Pairs (index, image) of the wanted frames: each run of them is decoded once, from the key frame before it.
+        """Yields (index, image) of the wanted frames. Each run of them takes one seek and one forward pass.
 
-        Ends early where the frames are not those of the index: the first one after a seek has to be the key frame, and
-        the times that follow have to be in the index and to rise.
+        Ends early if a frame contradicts the index: the first one after a seek must be the key frame, and the times
+        that follow must be in the index and rise.
         """
         position, asked, left = {t: i for i, t in enumerate(self.times)}, {self.times[i] for i in wanted}, deque(wanted)
         key_before = lambda i: self.keys[bisect_right(self.keys, self.times[i]) - 1]
@@ -1041,7 +1047,7 @@ class Video:
                     if i == left[0]:
                         yield left.popleft(), self._to_rgb(frame)
                     if not left or key_before(left[0]) > self.times[min(i + 16, self.length - 1)]:
-                        break  # a decoder can be 16 frames ahead of what it shows: a nearer key frame saves nothing
+                        break  # seek only if the next key frame is more than 16 frames ahead, the decoder's delay
                 else:
                     return
 
@@ -1053,7 +1059,7 @@ class Video:
         yield from self.codec.decode(None)
 
     def _decode_from_start(self):
-        """All frames, as FFmpeg's command line decodes: it leaves out what is damaged, and a broken end is the end."""
+        """Yields all frames as FFmpeg's command line does: it skips damaged frames; a truncated file just ends."""
         self._open()
         packets, packet = self._packets(), self
         while packet is not None:
@@ -1103,7 +1109,7 @@ class Video:
 
 
 def natural_order(name):
-    """Sorting key of a file name in which numbers count as numbers: img_2 before img_10."""
+    """Sorting key of file names by the numbers in them: img_2 before img_10."""
     return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))]
 
 
@@ -1206,7 +1212,7 @@ def subset(videos, count, seed):
 
 
 def check_readable(videos):
-    """Raises BadVideo where none of the first ten videos can be opened: the list is of something else."""
+    """Raises BadVideo if none of the first ten videos can be opened: the list is probably of other files."""
     errors = []
     for path, _ in videos[:10]:
         try:
@@ -1241,21 +1247,21 @@ FOREIGN_NAMES = (  # patterns of VideoMAE's and Hugging Face's names, and what t
 )
 WRAPPERS = "model", "module", "state_dict", "model_state", "teacher"  # where training scripts put the weights
 
-# What others' checkpoints hold beside tensors: settings with paths, numpy's numbers and arrays
-HARMLESS = [argparse.Namespace, np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
+# Types that other projects' checkpoints hold beside tensors: settings with paths, numpy's scalars and arrays
+SAFE_GLOBALS = [argparse.Namespace, np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
 for core in ("numpy.core", "numpy._core"):
-    HARMLESS += [(np.float64(0).__reduce__()[0], f"{core}.multiarray.scalar"),
+    SAFE_GLOBALS += [(np.float64(0).__reduce__()[0], f"{core}.multiarray.scalar"),
                  (np.empty(0).__reduce__()[0], f"{core}.multiarray._reconstruct")]
 for module in ("pathlib", "pathlib._local"):
-    HARMLESS += [(pure, f"{module}.{prefix}{system}Path") for system, pure in (
+    SAFE_GLOBALS += [(pure, f"{module}.{prefix}{system}Path") for system, pure in (
         ("Posix", PurePosixPath), ("Windows", PureWindowsPath)) for prefix in ("", "Pure")]
 
 
 def convert_keys(state):
-    """VideoMAE's and Hugging Face's state dicts under this project's names; its own passes through.
+    """Renames the weights of VideoMAE's and Hugging Face's state dicts to this project's names.
 
-    Encoder weights come out without a prefix, decoder weights as `decoder.*`. Both store biases of q and v and none of
-    k (files of transformers 5 may store one: it cannot change a softmax).
+    Encoder weights get no prefix, decoder weights `decoder.`. Neither stores a key bias (transformers 5 may: it is
+    dropped, as it does not change the softmax).
     """
     ours = {}
     for name, value in state.items():
@@ -1274,7 +1280,7 @@ def convert_keys(state):
 
 
 def save_encoder(encoder, path):
-    """Writes the encoder alone: {"model": state dict, "geometry": ...}; a ViT's names are VideoMAE's."""
+    """Writes the encoder: {"model": state dict, "geometry": ...}. ViT weights use VideoMAE's names."""
     state = {}
     for name, value in encoder.state_dict().items():
         if name.endswith("attn.qkv.bias") and isinstance(encoder, VisionTransformer):
@@ -1287,18 +1293,17 @@ def save_encoder(encoder, path):
 
 
 def load_tensors(path):
-    """torch.load without running code from the file, after checking the sums of its parts, which torch does not."""
+    """torch.load with weights_only=True, after verifying the zip file's checksums, which torch does not."""
     if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
         raise ValueError(f"{part} is damaged")
-    with torch.serialization.safe_globals(HARMLESS):
+    with torch.serialization.safe_globals(SAFE_GLOBALS):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_weights(path):
-    """A weight file, a run's folder or one of Hugging Face's save_pretrained -> state dict under this project's names.
+    """Reads a weight file, a run's folder or a Hugging Face folder -> state dict with this project's names.
 
-    Reads torch.save's files and, where the package safetensors is installed, `.safetensors`. Raises CMAEVError for what
-    is neither.
+    Reads torch.save's files and, with the package safetensors, `.safetensors`. Raises CMAEVError for other files.
     """
     state = {}
     for file in weight_files(Path(path)):
@@ -1322,7 +1327,7 @@ def read_weights(path):
 
 
 def weight_files(path):
-    """The files that hold the weights: of a run's folder, of Hugging Face's, sharded or not, or the file itself."""
+    """Lists the weight files at `path`: a file, a run's folder, or a Hugging Face folder, sharded or not."""
     if path.is_file():
         return [path]
     for name in ("encoder.pt", "model.safetensors", "pytorch_model.bin"):
@@ -1337,12 +1342,12 @@ def weight_files(path):
 
 
 def load_encoder(path, encoder, decoder=None):
-    """Loads an encoder's weights, and a pixel decoder's where one is given and the file has it -> the encoder.
+    """Loads an encoder's weights, and a pixel decoder's if one is given and the file has it -> the encoder.
 
     `path`: this project's encoder.pt or checkpoint.pt, VideoMAE's pre-trained or fine-tuned files, Hugging Face's
-    VideoMAE (.bin, .safetensors), or the folder of a run. Positions are no weights, and are computed for the encoder's
-    own grid. Prints what matched. Raises CMAEVError naming the first weight that is missing or of another shape; the
-    final norm alone may be missing, as fine-tuned files hold the classifier's in its place.
+    VideoMAE (.bin, .safetensors), or the folder of a run. Position embeddings are computed, not loaded. Prints what
+    matched. Raises CMAEVError with the first weight that is missing or has a different shape. The final norm may be
+    missing: fine-tuned files have `fc_norm` instead.
     """
     state, own = read_weights(path), encoder.state_dict()
     wanted = own
@@ -1359,7 +1364,7 @@ def load_encoder(path, encoder, decoder=None):
 
 
 def load_weights(module, state, path, wanted=None):
-    """load_state_dict, strict for the names in `wanted` (all). Raises CMAEVError naming the first that does not fit."""
+    """load_state_dict, strict for the names in `wanted` (default: all). Raises CMAEVError with the first misfit."""
     wanted = wanted or module.state_dict()
     for name, value in wanted.items():
         if name not in state:
@@ -1395,22 +1400,22 @@ NOT_NEGATIVE, SHARE, BELOW_ONE = number(float, "[0, inf)"), number(float, "[0, 1
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the recipe's values, where there are any."""
+    """Shows default values in --help, except for empty ones."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "", [], False) else super()._get_help_string(action)
 
 
 def argument_parser(text):
-    """An argparse parser with the first line of a script's docstring."""
+    """Returns an argparse parser with the first line of a script's docstring."""
     return argparse.ArgumentParser(description=text.splitlines()[0], formatter_class=Help, allow_abbrev=False)
 
 
 def parse_settings(parser, recipes, argv):
-    """Command line -> settings, the set of the names of those that were given by hand.
+    """Parses the command line -> settings, the set of names of the flags that were given.
 
-    The values of --recipe, one dict per recipe, go over the parser's defaults. --data given by hand clears the recipe's
-    --val. Raises CMAEVError for a wrong flag or value, for --data without --recipe and for --val without --data.
+    The values of --recipe, one dict per recipe, replace the parser's defaults. --data clears the recipe's --val.
+    Raises CMAEVError for a wrong flag or value, for --data without --recipe and for --val without --data.
     """
     def fail(message):
         raise CMAEVError(f"{message} (--help lists the settings)")
@@ -1438,7 +1443,7 @@ def parse_settings(parser, recipes, argv):
 
 
 def run_script(main):
-    """Runs a script's main(): what the user can put right ends in one line, and Ctrl-C in none."""
+    """Runs a script's main(). Errors that the user can fix print one line; Ctrl-C prints nothing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
@@ -1458,7 +1463,7 @@ def run_script(main):
         sys.exit(130)
     finally:
         if workers := multiprocessing.active_children():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # with torch's handler each would be an error
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each killed worker
             for worker in workers:
                 worker.kill()
         unlock_runs()
@@ -1467,7 +1472,7 @@ def run_script(main):
 
 
 def join_ranks():
-    """Joins torchrun's process group, if there is one -> rank, world size, device."""
+    """Joins the process group of torchrun, if there is one -> rank, world size, device."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: memory in pages of 2 MiB instead of 4 KiB
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -1491,7 +1496,7 @@ def this_rank():
 
 
 def gather_over_ranks(x):
-    """The rows of all ranks, without gradient: [B, C] -> [B * world, C]."""
+    """Gathers the rows of all ranks, without gradient: [B, C] -> [B * world, C]."""
     if world_size() == 1:
         return x
     rows = [torch.empty_like(x) for _ in range(world_size())]
@@ -1514,7 +1519,7 @@ def print0(*values):
 
 @contextlib.contextmanager
 def main_rank_first():
-    """Runs the block on rank 0 before the other ranks, which find on disk what it left there."""
+    """Runs the block on rank 0 first, and then on the other ranks, which see the files that it wrote."""
     if this_rank() > 0:
         dist.barrier()
     yield
@@ -1528,7 +1533,7 @@ SAVED_AND_STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "t
 def notice_signals():
     """Keeps SIGTERM (from SLURM, torchrun, kill) and a first Ctrl-C from ending the process.
 
-    Returns a function that gives, on all ranks at the same call, the signal that any rank has received, or 0.
+    Returns a function that all ranks call together: it returns the signal that any rank has received, or 0.
     """
     received = []
 
@@ -1555,7 +1560,7 @@ def stop_run(signal_number, step):
 
 
 def ignore_signals(worker):
-    """Makes a worker leave Ctrl-C and SIGTERM, which a terminal or SLURM sends to all processes, to the trainer.
+    """Makes a worker ignore Ctrl-C and SIGTERM, which a terminal or SLURM sends to all processes.
 
     torch ends the worker when the trainer ends. A worker whose trainer is already dead exits at once.
     """
@@ -1569,7 +1574,7 @@ def ignore_signals(worker):
 
 
 def worker_count(workers, device):
-    """--workers, or its default: one per core beside a GPU, at most 16 per rank; 2 on a CPU, which trains too."""
+    """--workers, or its default: with a GPU one per core, at most 16 per rank; else 2, as the CPU trains too."""
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1590,8 +1595,8 @@ def rank_indices(clips):
 def batches(videos, batch, steps, seed, start=0):
     """Yields this rank's batches from step `start` to the end of the run: lists of (epoch, index).
 
-    Each epoch is a permutation of the videos seeded by (seed, epoch), cut into global batches, which are cut into
-    ranks. The videos left over at its end are dropped. One iterator serves all epochs: workers never restart.
+    Each epoch is a permutation of the videos, seeded by (seed, epoch), cut into global batches and then into ranks. The
+    videos left over at its end are dropped. One iterator serves all epochs: workers never restart.
     """
     per_epoch, part = videos // batch, batch // world_size()
     for step in range(start, steps):
@@ -1630,7 +1635,7 @@ class Feed:
         return batch
 
     def mark(self):
-        """Now, in the device's own queue: a CUDA event; on a CPU the clock's seconds."""
+        """A time stamp: a CUDA event, or seconds on a CPU."""
         if self.copies is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -1638,7 +1643,7 @@ class Feed:
         return event
 
     def waited(self):
-        """Seconds that the device waited for data since the last call; call it when the device has finished."""
+        """Seconds that the device spent waiting for data since the last call. Call it after a synchronisation."""
         waits, self.waits = self.waits, []
         return sum(end - began if self.copies is None else began.elapsed_time(end) / 1000 for began, end in waits)
 
@@ -1653,14 +1658,14 @@ def amp_dtype(name, device):
 
 
 def grad_scaler(dtype, device):
-    """fp16 needs its scale. bf16 and float32 use a constant scale of 1, which skips steps that are not finite."""
+    """Loss scaling is for fp16. bf16 and float32 use a constant scale of 1; the scaler then only skips bad steps."""
     return torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype is torch.float16 else 1.0)
 
 
 def optimizer_step(loss, parameters, optimizer, scaler, dtype, max_norm=0.0):
-    """Backward pass and optimiser step -> gradient norm, a float32 scalar; `max_norm` 0: unlimited.
+    """Backward pass and optimiser step -> gradient norm, a float32 scalar. `max_norm` 0: no clipping.
 
-    A gradient that is not finite skips the step, on all ranks, since DDP has averaged it. Nothing waits for the device.
+    A gradient that is not finite skips the step, on all ranks, since DDP has averaged it. No synchronisation.
     """
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -1679,7 +1684,7 @@ def learning_rate(step, warmup, steps, start, peak, floor):
 
 
 def set_learning_rate(optimizer, s, step, per_epoch):
-    """Sets the learning rate of a step, times each group's "scale" -> the rate; all of it times batch / 256."""
+    """Sets each group's learning rate to lr * group["scale"] -> lr. The settings' rates are per 256 clips."""
     scale = s.batch_size / 256
     lr = learning_rate(step, s.warmup_epochs * per_epoch, s.epochs * per_epoch,
                        scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
@@ -1696,7 +1701,7 @@ def decay_groups(model, weight_decay):
 
 
 class Meter:
-    """Mean values and counts of the steps since the last log line. They stay on the device until `read`."""
+    """Sums values over the steps since the last log line, on the device: no synchronisation before `read`."""
 
     MAX_SKIPPED = 20  # steps in a row; fp16 skips up to about 16 at the start while it looks for its scale
 
@@ -1714,10 +1719,10 @@ class Meter:
         self.in_a_row = (self.in_a_row + 1) * skipped
 
     def read(self, step, clips, per_epoch, bad_share):
-        """The record of a log line: means over steps and ranks, speed, counts. Starts anew. Waits for the device.
+        """Returns a log line's record (means over steps and ranks, speed, counts) and resets the sums. Synchronises.
 
-        `clips` per step, steps per epoch. Raises CMAEVError where the last MAX_SKIPPED steps were all skipped, or more
-        than `bad_share` of the clips, or of one epoch's if that is more, were of bad videos.
+        `clips` per step, steps `per_epoch`. Raises CMAEVError if the last MAX_SKIPPED steps were all skipped, or if bad
+        videos exceed `bad_share` of the clips so far (of at least one epoch).
         """
         *sums, taken, skipped, replaced = sum_over_ranks(self.sums).tolist()
         seconds, steps = time.perf_counter() - self.began, step - self.step
@@ -1753,9 +1758,9 @@ def peak_memory(device):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """A file to write that is there whole or not at all: it has another name until it is closed.
+    """Writes a file atomically: under a temporary name, renamed at the end.
 
-    Raises CMAEVError where it cannot be written, on a full disk for example. The file before is then kept.
+    Raises CMAEVError if it cannot be written, for example on a full disk. The previous file is then kept.
     """
     try:
         text = {} if "b" in mode else dict(encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
@@ -1768,15 +1773,15 @@ def atomic_write(path, mode="w"):
         Path(f"{path}.partial").unlink(missing_ok=True)
         for cause in (error, error.__context__):  # torch.save hides the reason behind an error of its own
             if isinstance(cause, OSError):
-                raise CMAEVError(f"{path} cannot be written ({cause.strerror}): the file before is kept") from None
+                raise CMAEVError(f"{path} cannot be written ({cause.strerror}): the previous file is kept") from None
         raise
 
 
 def open_run(folder, settings, free, videos, **about):
-    """Starts a run's folder, or checks that it holds this run; locks it until the process ends.
+    """Creates a run's folder, or checks that it holds this run. Locks it until the process ends.
 
-    settings.json keeps the settings, the videos' number and hash, versions and `about`. Settings in `free` may differ.
-    Raises CMAEVError where others differ from those of the folder's checkpoint, or the videos do.
+    settings.json stores the settings, the videos' number and hash, versions and `about`. Raises CMAEVError if the
+    videos or settings, except those in `free`, differ from those of the folder's checkpoint.
     """
     record, settings = Path(folder) / "settings.json", vars(settings)
     listed = [len(videos), hashlib.sha256(json.dumps(videos).encode()).hexdigest()[:16]]
@@ -1806,7 +1811,7 @@ LOCKS = []  # open files of the folders that this process trains in
 
 
 def lock_run(folder):
-    """Locks a run's folder until this process ends, however it ends. Raises CMAEVError where another one holds it."""
+    """Locks a run's folder until this process ends, however it ends. Raises CMAEVError if another one holds it."""
     if fcntl is None:
         return
     LOCKS.append(open(Path(folder) / "lock", "a"))
@@ -1819,22 +1824,22 @@ def lock_run(folder):
 
 
 def unlock_runs():
-    """Gives up this process's locks; in a worker, its copies of the trainer's."""
+    """Releases this process's locks; in a worker, its copies of the trainer's."""
     while LOCKS:
         LOCKS.pop().close()
 
 
 def save_checkpoint(run, step, state):
-    """Writes run/checkpoint.pt on rank 0; `state` is {name: object with a state dict}."""
+    """Writes run/checkpoint.pt on rank 0. `state`: {name: object with a state dict}."""
     if this_rank() == 0:
         with atomic_write(f"{run}/checkpoint.pt", "wb") as file:
             torch.save(dict(step=step, **{name: part.state_dict() for name, part in state.items()}), file)
 
 
 def resume(run, state):
-    """Loads run/checkpoint.pt into the objects of `state` -> the step to continue from; 0 where there is none.
+    """Loads run/checkpoint.pt into the objects of `state` -> the step to continue from, or 0.
 
-    Cuts off what a killed run logged after its checkpoint. Raises CMAEVError for a damaged file or another model's.
+    Removes log lines after the checkpoint. Raises CMAEVError if the file is damaged or of another model.
     """
     path, step = Path(run) / "checkpoint.pt", 0
     if path.exists():
@@ -1860,7 +1865,7 @@ def read_checkpoint(path):
 
 
 def write_log(run, record, steps, text):
-    """Adds a record to run/log.jsonl and prints it, on rank 0; `text` is the losses' part of the line."""
+    """Appends a record to run/log.jsonl and prints it, on rank 0. `text`: the losses' part of the printed line."""
     if this_rank() == 0:
         with open(f"{run}/log.jsonl", "a") as file:
             print(json.dumps(record), file=file)
@@ -1876,7 +1881,7 @@ def read_log(run):
 
 
 # =====================================================================================================================
-# 10  Demo: real video files, made on the spot
+# 10  Demo
 # =====================================================================================================================
 
 DEMO_CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "growing", "shrinking",
@@ -1887,11 +1892,11 @@ DEMO_FRAMES, DEMO_SIDE = 48, 80
 def make_demo(folder, train=400, val=200, seed=0, looks=None):
     """Writes folder/{train,val}/class/*.mp4 (H.264, 48 frames of 80 x 80) and the lists train.txt and val.txt.
 
-    A soft light moves over a darker, slowly drifting background. The class is the motion alone: colours, textures,
-    shape, size, place, speed and drift are drawn alike for all classes, so that no single frame tells the class, as in
-    Something-Something. The light is wide, so that one visible tube in ten tells something of its path.
-    With `looks`, the videos share that many pairs of background and light: then its look hardly tells a video from
-    the others, and InfoNCE has to go by the motion. Without, each has its own: harder for the contrastive branch.
+    A soft light moves over a darker, slowly drifting background. The class is the motion. Colours, textures, shape,
+    size, place, speed and drift have the same distribution in all classes, so that a single frame does not show the class, as
+    in Something-Something. The light is wide, so that one visible tube in ten shows part of its path.
+    With `looks`, the videos share that many pairs of background and light: appearance then hardly identifies a video,
+    and InfoNCE must use the motion. Without, each video has its own: harder for the contrastive branch.
     Video i of a split is a pure function of (seed, split, i, looks).
     """
     folder, partial = Path(folder), Path(f"{folder}.partial")

@@ -597,7 +597,7 @@ def torchvision_colors(clip, brightness, contrast, saturation, hue, sigma):
 
 
 def our_colors(clips, *factors):
-    colors = cmaev.color_map(*(torch.tensor(float(factor)) for factor in factors))
+    colors = cmaev.color_parameters(*(torch.tensor(float(factor)) for factor in factors))
     return cmaev.augment_colors(clips, colors.expand(len(clips), -1))
 
 
@@ -630,7 +630,7 @@ def test_colors_are_near_torchvisions_on_frames(demo):
 
 def test_draws_of_colors(monkeypatch):
     """ColorJitter(0.4, 0.4, 0.4, 0.1) with p .8, grey with p .2, blur of sigma .1 to 2 with p .5."""
-    monkeypatch.setattr(cmaev, "color_map", lambda *factors: torch.stack(factors))
+    monkeypatch.setattr(cmaev, "color_parameters", lambda *factors: torch.stack(factors))
     with cmaev.seeded(4):
         draws = torch.stack([cmaev.draw_colors() for _ in range(4000)])
     brightness, contrast, saturation, hue, sigma = draws.unbind(1)
@@ -812,7 +812,7 @@ def test_convvit_without_fusion():
 
 def test_convvit_needs_tubes():
     model, mask = small("convvit"), torch.arange(12).expand(1, -1) % 5 < 2
-    with pytest.raises(cmaev.CMAEVError, match="the same at every time step"):
+    with pytest.raises(cmaev.CMAEVError, match="masked at every time step"):
         model(torch.randn(1, 3, 4, 32, 48), mask)
 
 
@@ -945,7 +945,7 @@ def tiny(encoder="vit_test", batch=6, **settings):
 def test_calls_that_cannot_work_say_what_is_expected(demo):
     model, (online, target, mask) = tiny()
     for call, words in {
-            lambda: model(online, None, mask): "needs a target clip",
+            lambda: model(online, None, mask): "needs a target clip and",
             lambda: model(online[:1], target[:1], mask[:1]): "two or more clips",
             lambda: model(online, target, mask[:, 1:]): "bool [B, N]",
             lambda: model(online, target, mask.float()): "bool [B, N]",
@@ -2193,7 +2193,7 @@ def test_faults_full_disk(demo, tmp_path, monkeypatch):
         end = run_pretrain(*SHORT, "--data", demo / "train.txt", "--out", tmp_path / "run", "--workers", 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert end == f"error: {tmp_path}/run/checkpoint.pt cannot be written (File too large): the file before is kept"
+    assert end == f"error: {tmp_path}/run/checkpoint.pt cannot be written (File too large): the previous file is kept"
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
     assert not list((tmp_path / "run").glob("*.partial"))
 
