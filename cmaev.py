@@ -1553,7 +1553,9 @@ def notice_signals():
 
 
 def stop_run(signal_number, step):
-    """Ends the process after it has saved because of a signal."""
+    """Ends the process after a signal, when rank 0 has saved."""
+    if world_size() > 1:
+        dist.barrier()
     name = "Ctrl-C" if signal_number == signal.SIGINT else "SIGTERM"
     print0(f"stopped by {name}, saved after step {step}: the same command continues")
     sys.exit(130 if signal_number == signal.SIGINT else SAVED_AND_STOPPED)
@@ -1893,7 +1895,7 @@ def make_demo(folder, train=400, val=200, seed=0, looks=None):
     """Writes folder/{train,val}/class/*.mp4 (H.264, 48 frames of 80 x 80) and the lists train.txt and val.txt.
 
     A soft light moves over a darker, slowly drifting background. The class is the motion. Colours, textures, shape,
-    size, place, speed and drift have the same distribution in all classes, so that a single frame does not show the class, as
+    size, place, speed and drift have the same distribution in all classes: a single frame does not show the class, as
     in Something-Something. The light is wide, so that one visible tube in ten shows part of its path.
     With `looks`, the videos share that many pairs of background and light: appearance then hardly identifies a video,
     and InfoNCE must use the motion. Without, each video has its own: harder for the contrastive branch.

@@ -1,0 +1,95 @@
+"""Draws the figures of RESULTS.md from the runs of experiments/ablation.sh (pip install matplotlib).
+
+    python -m experiments.figures                     all, or those of these sets of rows: demo, ablation
+
+It writes experiments/figures/*.png and the losses of the curves, experiments/results/*-curves.jsonl.
+"""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import cmaev
+import torch
+from torchvision.io import decode_image, write_png
+
+try:
+    import matplotlib
+except ImportError as error:
+    sys.exit(f"{error}: pip install matplotlib")
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+FIGURES, RESULTS = Path("experiments/figures"), Path("experiments/results")
+
+
+def curves(name, rows, batch=16):
+    """Draw the mean and the range over seeds of each row's losses; rows: {row: [a run per seed]}."""
+    logs = {row: [cmaev.read_log(run) for run in runs] for row, runs in rows.items()}
+    with open(RESULTS / f"{name}.jsonl", "w") as file:
+        for row, runs in logs.items():
+            for seed, log in enumerate(runs):
+                for line in log:
+                    losses = {key: round(line[key], 5) for key in (
+                        "step", "reconstruction", "contrast", "accuracy", "grad_norm")}
+                    print(json.dumps(dict(row=row, seed=seed, **losses)), file=file)
+    panels = {"reconstruction": "reconstruction loss",
+              "contrast": f"InfoNCE, chance ln {batch} = {math.log(batch):.2f}",
+              "accuracy": f"accuracy of InfoNCE, chance 1/{batch}"}
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2))
+    for color, (row, runs) in enumerate(logs.items()):
+        for ax, (key, title) in zip(axes, panels.items()):
+            values = [[line[key] for line in lines] for lines in zip(*runs)]
+            if any(map(any, values)):  # VideoMAE has no InfoNCE
+                steps = [line["step"] for line in runs[0]]
+                ax.plot(steps, [statistics.mean(v) for v in values], color=f"C{color}", label=row)
+                ax.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=f"C{color}", alpha=0.2)
+            ax.set(title=title, xlabel="step")
+            ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(FIGURES / f"{name}.png", dpi=90)
+
+
+def training(name, run, side=50):
+    """Draw one video: original, masked, and reconstructed at each of the run's pictures."""
+    pictures = [decode_image(str(path)) for path in sorted(Path(run).glob("reconstruction-*.png"))]
+    rows = [pictures[0][:, :2 * side], *(picture[:, 2 * side:3 * side] for picture in pictures)]
+    write_png(torch.cat(rows, dim=1).repeat_interleave(2, 1).repeat_interleave(2, 2), str(FIGURES / f"{name}.png"))
+
+
+def similarities(name, run, videos, count=16):
+    """Draw the cosines of queries (rows) and keys (columns) before and after training; black -1, white 1."""
+    torch.manual_seed(0)
+    model = cmaev.CMAEV("vit_tiny", frames=8, size=48, patch=8)
+    clips = cmaev.PretrainClips(cmaev.read_list(videos)[:count], model.encoder.grid, 8, 4, 4, 48)
+    batch = torch.utils.data.default_collate([clips[0, i] for i in range(count)])
+    online, target = (cmaev.normalize(batch[view][:, 0]) for view in ("online", "target"))
+    pictures = []
+    for state in (model.state_dict(), torch.load(f"{run}/checkpoint.pt", weights_only=True)["model"]):
+        model.load_state_dict(state)
+        with torch.no_grad():
+            query = model.predictor(model.projector(model.encoder(online, batch["mask"][:, 0]).mean(dim=1)))
+            key = model.target_projector(model.target_encoder(target).mean(dim=1))
+        cosine = torch.nn.functional.cosine_similarity(query[:, None], key[None], dim=2)
+        own, found = cosine.diag().mean(), (cosine.argmax(dim=1) == torch.arange(count)).float().mean()
+        others = (cosine.sum() - count * own) / (count * (count - 1))
+        print(f"cosine of own key {own:.2f}, of others {others:.2f}; own key found by {found:.0%}")
+        pictures.append(((cosine + 1) * 127.5).byte().repeat_interleave(12, 0).repeat_interleave(12, 1))
+    gap = torch.full((12 * count, 12), 255, dtype=torch.uint8)
+    write_png(torch.cat([pictures[0], gap, pictures[1]], dim=1)[None], str(FIGURES / f"{name}.png"))
+
+
+def seeds(row):
+    return [f"runs/{row}-{seed}" for seed in range(3)]
+
+
+wanted = sys.argv[1:] or ["demo", "ablation"]
+if "demo" in wanted:
+    curves("demo-curves", {"CMAE-V": seeds("demo-cmaev")})
+    training("demo-training", "runs/demo-cmaev-1")
+if "ablation" in wanted:
+    curves("ablation-curves", {"VideoMAE": seeds("motion-long-mae"), "CMAE-V": seeds("motion-long-cmaev")})
+    similarities("similarity", "runs/motion-long-cmaev-0", "data/motion/val.txt")

@@ -1,0 +1,29 @@
+"""Prints the table of means ± standard deviations over seeds from a file of experiments/ablation.sh, in Markdown.
+
+    python -m experiments.table experiments/results/ablation.jsonl
+"""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+
+MEASURES = ("linear 400", "knn 400", "fine-tuned 400", "linear 1000", "linear 100", "knn 1000", "few 100", "held-out")
+
+
+def cell(values, digits):
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+rows = defaultdict(lambda: defaultdict(list))
+for line in map(json.loads, open(sys.argv[1])):
+    rows[line["row"]][line["measure"]].append(line["value"])
+columns = [name for name in MEASURES if any(name in values for values in rows.values())]
+print("| |", " | ".join(columns), "|")
+print("|---" * (len(columns) + 1) + "|")
+for row, values in rows.items():
+    cells = (cell(values[name], 3 if name == "held-out" else 1) for name in columns)
+    print(f"| {row} |", " | ".join(cells), "|")
