@@ -155,8 +155,7 @@ class LabelledClips(cmaev.VideoClips):
             self.attempts = 1
 
     def sample(self, video, label, index, generator):
-        places = self.random_places() if self.augment else self.even_places()
-        indices = torch.stack([self.indices(len(video), place) for place in places])
+        indices = torch.stack(self.frame_indices(len(video)))
         clips = video.read(indices.flatten()).unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
         to_views = (lambda clip: [self.augment(clip)]) if self.augment else self.test_crops
         return self.labelled(torch.stack([view for clip in clips for view in to_views(clip)]), label, index)
@@ -171,20 +170,15 @@ class LabelledClips(cmaev.VideoClips):
         return {"clip": clips, "label": torch.full((len(clips),), -1 if label is None else label),
                 "index": torch.full((len(clips),), index)}
 
-    def indices(self, num_frames, place):
-        if self.sampling == "dense":
-            return dense_indices(num_frames, self.frames, self.rate, place)
-        return uniform_indices(num_frames, self.frames, place)
-
-    def random_places(self):
-        return [torch.rand(self.frames) if self.sampling == "uniform" else float(torch.rand(()))
-                for _ in range(self.repeats)]
-
-    def even_places(self):
-        """Dense clips from the start to the end of a video, one in its middle; uniform ones evenly inside segments."""
-        if self.sampling == "dense" and self.segments > 1:
-            return [k / (self.segments - 1) for k in range(self.segments)]
-        return [(k + 0.5) / self.segments for k in range(self.segments)]
+    def frame_indices(self, num_frames):
+        """Draws `repeats` clips or, in testing, places `segments` clips evenly -> list of int64 [T]."""
+        if self.sampling == "dense":  # starts from the first to the last possible one; a single clip in the middle
+            n = self.segments - 1
+            starts = torch.rand(self.repeats) if self.augment else [k / n for k in range(n + 1)] if n else [0.5]
+            return [dense_indices(num_frames, self.frames, self.rate, float(start)) for start in starts]
+        offsets = [torch.rand(self.frames) if self.augment else (k + 0.5) / self.segments
+                   for k in range(self.repeats if self.augment else self.segments)]
+        return [uniform_indices(num_frames, self.frames, offset) for offset in offsets]
 
     def test_crops(self, clip):
         """Short side to S, then crops of S x S evenly along the long side, one in its middle: [T, 3, H, W] -> list."""
@@ -349,13 +343,7 @@ def read_settings():
     add("--eval", action=flag, default=False, help="only evaluate the run in --out; writes to out/eval")
     add("--predict", nargs="*", metavar="FILE", help="only print the five best classes of these videos; -- -x.mp4")
 
-    add = parser.add_argument_group("videos and weights").add_argument
-    add("--data", default="", help="to train on: list file (`path label` per line) or folder of class folders")
-    add("--val", default="", help="the same, to test on; without it a tenth of --data is held out")
-    add("--out", help="the run's folder")
     add("--init", help="weights: a run of pretrain.py, a file of this project, VideoMAE or Hugging Face, or none")
-    add("--subset", type=cmaev.WHOLE, default=0, help="only the first N training videos of a seeded shuffle")
-    add("--bad-share", type=cmaev.SHARE, default=0.05, help="largest share of clips whose video cannot be read")
 
     add = parser.add_argument_group("clips").add_argument
     add("--sampling", choices=["dense", "uniform"], default="dense", help="every rate-th frame, or one per segment")
@@ -396,7 +384,7 @@ def read_settings():
 
 
 def read_classes(s):
-    """--data, --val, --subset -> training videos, test videos, class names, whether the classes are folders."""
+    """Reads --data, --val, --subset -> training videos, test videos, class names, what settings.json stores of them."""
     videos, held_out = read_labelled(s.data, "data"), None
     if not s.val:
         videos, held_out = hold_out(videos, s.seed)
@@ -458,8 +446,8 @@ def main():
     model = build(names)
     if s.init != "none":
         cmaev.load_encoder(s.init, model.encoder)
-    optimizer = torch.optim.AdamW(layer_groups(model, s.weight_decay, s.layer_decay), betas=(s.beta1, s.beta2),
-                                  fused=True)
+    groups = layer_groups(model, s.weight_decay, s.layer_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True)
     scaler = cmaev.grad_scaler(dtype, device)
     augment = training_augmentation(s.size, s.smallest_crop, s.flip, s.rand_augment, s.erasing)
     clips = LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, augment, s.repeats, seed=s.seed,
@@ -474,8 +462,7 @@ def main():
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
     start = cmaev.resume(run, state)
     if start == steps:
-        return cmaev.print0(f"{run} is finished, all {steps} steps: --eval evaluates it; for another run, give another "
-                            "--out")
+        return cmaev.print0(f"{run} is finished, all {steps} steps: give --eval, or another --out")
     cmaev.print0(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of "
                  f"{per_step} clips; {world} x {device.type}, {dtype or torch.float32}"
                  + (f"; continuing from step {start}" if start else ""))
@@ -515,7 +502,7 @@ def main():
 
 
 def predict(model, files, names, score):
-    """Prints the five best classes of each file. Raises CMAEVError where one cannot be read."""
+    """Prints the five best classes of each file. Raises CMAEVError if one cannot be read."""
     scores = score(lambda clips: model(clips).float().softmax(dim=1), [(file, None) for file in files])
     for file, probabilities in zip(files, scores):
         if not probabilities.isnan().any():

@@ -36,6 +36,13 @@ FREE = {"compile", "workers", "log_every", "save_every", "picture_every", "val",
 def add_shared_settings(parser):
     """The settings that finetune.py has too. The defaults are those of pre-training."""
     flag = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("videos").add_argument
+    add("--data", default="", help="list file (`path label` per line) or folder of class folders")
+    add("--val", default="", help="the same: pre-training logs L_r of these videos, fine-tuning evaluates on them")
+    add("--out", help="the run's folder")
+    add("--subset", type=cmaev.WHOLE, default=0, help="only the first N videos of a seeded shuffle")
+    add("--bad-share", type=cmaev.SHARE, default=0.05, help="largest share of clips whose video cannot be read")
+
     add = parser.add_argument_group("model").add_argument
     add("--encoder", default="vit_base", help=", ".join(cmaev.ENCODERS))
     add("--fusion", action=flag, default=True, help="ConvViT: multi-scale fusion")
@@ -47,7 +54,7 @@ def add_shared_settings(parser):
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=cmaev.COUNT, default=800, help="passes over the videos")
     add("--warmup-epochs", type=cmaev.WHOLE, default=40, help="epochs of linear warm-up")
-    add("--batch-size", type=cmaev.COUNT, default=2048, help="clips per step over all ranks: the K of InfoNCE")
+    add("--batch-size", type=cmaev.COUNT, default=2048, help="clips (fine-tuning: videos) per step over all ranks")
     add("--lr", type=cmaev.POSITIVE, default=1.5e-4, help="base learning rate, times batch size / 256")
     add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, times batch size / 256")
     add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-5, help="end of the cosine, times batch size / 256")
@@ -67,26 +74,18 @@ def add_shared_settings(parser):
 
 def read_settings():
     parser = cmaev.argument_parser(__doc__)
-    flag = argparse.BooleanOptionalAction
-
-    add = parser.add_argument_group("videos").add_argument
-    add("--data", default="", help="list file (`path label` per line) or folder of class folders")
-    add("--val", default="", help="held-out videos: each checkpoint then logs their reconstruction loss")
-    add("--out", help="the run's folder")
-    add("--subset", type=cmaev.WHOLE, default=0, help="only the first N videos of a seeded shuffle")
-    add("--bad-share", type=cmaev.SHARE, default=0.05, help="largest share of clips whose video cannot be read")
-    add("--repeats", type=cmaev.COUNT, default=1, help="clips per opened video; an epoch has so many times the steps")
-
     add = parser.add_argument_group("method").add_argument
+    add("--repeats", type=cmaev.COUNT, default=1, help="clips per opened video; an epoch has so many times the steps")
     add("--rate", type=cmaev.COUNT, default=4, help="sampling rate r: every r-th frame")
     add("--max-shift", type=cmaev.WHOLE, default=8, help="p: the target view starts 0 to p frames later")
     add("--mask-ratio", type=cmaev.number(float, "(0, 1)"), default=0.9, help="share of masked tubes")
     add("--contrast-weight", type=cmaev.NOT_NEGATIVE, default=0.14, help="lambda_c; 0: VideoMAE or video ConvMAE")
     add("--temperature", type=cmaev.POSITIVE, default=0.07, help="tau of InfoNCE")
     add("--momentum", type=cmaev.SHARE, default=0.996, help="of the target encoder")
-    add("--color-augment", action=flag, default=True, help="colour augmentation of the target view")
+    add("--color-augment", action=argparse.BooleanOptionalAction, default=True, help="colour augmentation of the target view")
 
-    add("--picture-every", type=cmaev.WHOLE, default=1000, help="steps per picture of reconstructions; 0: none")
+    add = parser.add_argument_group("pictures of reconstructions").add_argument
+    add("--picture-every", type=cmaev.WHOLE, default=1000, help="steps per picture; 0: none")
     add_shared_settings(parser)
     return cmaev.parse_settings(parser, RECIPES, sys.argv[1:])[0]
 
