@@ -82,7 +82,7 @@ def read_settings():
     add("--contrast-weight", type=cmaev.NOT_NEGATIVE, default=0.14, help="lambda_c; 0: VideoMAE or video ConvMAE")
     add("--temperature", type=cmaev.POSITIVE, default=0.07, help="tau of InfoNCE")
     add("--momentum", type=cmaev.SHARE, default=0.996, help="of the target encoder")
-    add("--color-augment", action=argparse.BooleanOptionalAction, default=True, help="colour augmentation of the target view")
+    add("--color-augment", action=argparse.BooleanOptionalAction, default=True, help="colours of the target view")
 
     add = parser.add_argument_group("pictures of reconstructions").add_argument
     add("--picture-every", type=cmaev.WHOLE, default=1000, help="steps per picture; 0: none")
