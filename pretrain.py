@@ -26,7 +26,8 @@ METRICS = ("loss", "reconstruction", "contrast", "accuracy")
 # silent"
 RECIPES = {
     "demo": dict(data=DEMO, out="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=48, patch=8, max_shift=4,
-                 momentum=0.99, epochs=50, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50, save_every=250),
+                 momentum=0.99, epochs=50, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50, save_every=250,
+                 picture_every=250),
     "k400": dict(out="runs/pretrain-k400"),
     "ssv2": dict(out="runs/pretrain-ssv2", rate=2, max_shift=4),
 }

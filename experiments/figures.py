@@ -54,9 +54,9 @@ def curves(name, rows, batch=16):
 
 
 def training(name, run, side=50):
-    """Draw one video: original, masked, and reconstructed at each of the run's pictures."""
+    """Draw one video: original, masked, mean colours, and reconstructed at each of the run's pictures."""
     pictures = [decode_image(str(path)) for path in sorted(Path(run).glob("reconstruction-*.png"))]
-    rows = [pictures[0][:, :2 * side], *(picture[:, 2 * side:3 * side] for picture in pictures)]
+    rows = [pictures[0][:, :3 * side], *(picture[:, 3 * side:4 * side] for picture in pictures)]
     write_png(torch.cat(rows, dim=1).repeat_interleave(2, 1).repeat_interleave(2, 2), str(FIGURES / f"{name}.png"))
 
 
