@@ -799,6 +799,34 @@ def test_frames_are_those_of_a_plain_decode_and_of_ffmpeg(tmp_path, name):
         assert distance.argmin() == i and distance[i] < 12
 
 
+def test_packed_b_frames(tmp_path):
+    """As XviD and DivX write AVI files: a P-frame and its first B-frame in one packet, a frame not coded at the end."""
+    source = write_noise(tmp_path / "b.avi", codec="mpeg4", frames=40, bf="2", g="12", b_strategy="0")
+    with av.open(str(source)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    is_b, packed = [data[data.index(b"\0\0\1\xb6") + 4] >> 6 == 2 for data in packets] + [False], []
+    not_coded = b"\0\0\1\xb6" + bytes([0b01010000, 0b01011111])  # a P-frame, time 0 of 25
+    for i, data in enumerate(packets):
+        if is_b[i] and not is_b[i - 1]:
+            packed[-1] += data
+        else:
+            packed.append(data)
+        if is_b[i] and not is_b[i + 1]:
+            packed.append(not_coded)
+    start = packed[0].index(b"\0\0\1\xb2" if b"\0\0\1\xb2" in packed[0] else b"\0\0\1\xb6")
+    packed[0] = packed[0][:start] + b"\0\0\1\xb2DivX503b1393p" + packed[0][packed[0].index(b"\0\0\1\xb6"):]
+    with av.open(str(source)) as old, av.open(str(tmp_path / "packed.avi"), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for i, data in enumerate(packed):
+            packet = av.Packet(data)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, Fraction(1, 25)
+            packet.is_keyframe = data[data.index(b"\0\0\1\xb6") + 4] >> 6 == 0
+            new.mux(packet)
+    assert len(packed) >= 38
+    check_frames(tmp_path / "packed.avi")
+    check_frames(source)
+
+
 @pytest.mark.parametrize("name, options", {
     "fast.mp4": dict(muxer=dict(movflags="faststart")), "v.mkv": {}, "v.flv": {}, "v.webm": dict(codec="libvpx"),
     "parts.mp4": dict(muxer=dict(movflags="frag_keyframe+empty_moov")), "v.h264": {}, "v.ts": {},
@@ -1193,6 +1221,17 @@ def test_start_methods_of_decoding_processes(demo, tmp_path, monkeypatch, method
     monkeypatch.setattr(usual, "_actual_context", multiprocessing.get_context(method))
     command = pretraining(demo, tmp_path, "--workers", 1, "--epochs", 1, "--warmup-epochs", 0)
     assert run(pretrain, *command) is None and multiprocessing.get_start_method() == method
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="wants root")
+def test_small_shared_memory_is_one_line(demo, tmp_path):
+    command = pretraining(demo, tmp_path / "run", "--workers", 1, "--size", 96)
+    small = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "_", sys.executable]
+    ended = subprocess.run([*small, HERE / "pretrain.py", *command], capture_output=True, text=True)
+    if "unshare" in ended.stderr or "mount" in ended.stderr:
+        pytest.skip("no mounts here")
+    assert ended.stderr.splitlines()[-1].startswith("error: the shared memory, /dev/shm, is too small"), ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_openmp_threads_wait_passively(tmp_path):
@@ -1623,7 +1662,8 @@ def test_faults_full_disk(tmp_path):
             cmaev.save_checkpoint(tmp_path, 8, dict(model=model))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(raised.value) == f"{tmp_path}/checkpoint.pt cannot be written (File too large): the previous file is kept"
+    reason = "cannot be written (File too large): the previous file is kept"
+    assert str(raised.value) == f"{tmp_path}/checkpoint.pt {reason}"
     assert checkpoint_of(tmp_path)["step"] == 4 and not list(tmp_path.glob("*.partial"))
 
 
