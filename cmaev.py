@@ -1403,7 +1403,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows default values in --help, except for empty ones."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, "", [], False) else super()._get_help_string(action)
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 def argument_parser(text):

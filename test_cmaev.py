@@ -1226,8 +1226,9 @@ def test_start_methods_of_decoding_processes(demo, tmp_path, monkeypatch, method
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="wants root")
 def test_small_shared_memory_is_one_line(demo, tmp_path):
     command = pretraining(demo, tmp_path / "run", "--workers", 1, "--size", 96)
-    small = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "_", sys.executable]
-    ended = subprocess.run([*small, HERE / "pretrain.py", *command], capture_output=True, text=True)
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    ended = subprocess.run(["unshare", "-m", "bash", "-c", mount, "_", sys.executable, HERE / "pretrain.py", *command],
+                           capture_output=True, text=True)
     if "unshare" in ended.stderr or "mount" in ended.stderr:
         pytest.skip("no mounts here")
     assert ended.stderr.splitlines()[-1].startswith("error: the shared memory, /dev/shm, is too small"), ended.stderr
