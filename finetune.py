@@ -341,7 +341,7 @@ def read_settings():
     add = parser.add_argument_group("what to do").add_argument
     add("--probe", choices=["linear", "knn"], default="", help="instead of fine-tuning: frozen features")
     add("--eval", action=flag, default=False, help="only evaluate the run in --out; writes to out/eval")
-    add("--predict", nargs="*", metavar="FILE", help="only print these videos' best classes; after -- if a name begins with -")
+    add("--predict", nargs="*", metavar="FILE", help="only print the best classes; after -- if a name begins with -")
 
     add("--init", help="weights: a run of pretrain.py, a file of this project, VideoMAE or Hugging Face, or none")
 
