@@ -915,9 +915,11 @@ class Video:
         if self.length == 0:
             raise BadVideo(f"{path}: no frames in it: give a video file, or a folder of .jpg or .png frames")
 
-    def __del__(self):
+    def _close(self):
         if self.container:  # its streams reference it, so that only the garbage collector would close it
             self.container.close()
+
+    __del__ = _close
 
     def __len__(self):
         return self.length
@@ -960,7 +962,7 @@ class Video:
             raise BadVideo(f"{self.path}: {count} frames of {width}x{height} pixels are too large: scale them down")
 
     def _open(self):
-        self.__del__()
+        self._close()
         if not os.path.isfile(self.path):  # no device, no pipe, no address
             raise BadVideo(f"{self.path}: cannot be opened as a video: no such file")
         limits = dict(protocol_whitelist="file", format_whitelist=CONTAINERS)  # no network, no other file
@@ -1251,7 +1253,7 @@ WRAPPERS = "model", "module", "state_dict", "model_state", "teacher"  # where tr
 SAFE_GLOBALS = [argparse.Namespace, np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
 for core in ("numpy.core", "numpy._core"):
     SAFE_GLOBALS += [(np.float64(0).__reduce__()[0], f"{core}.multiarray.scalar"),
-                 (np.empty(0).__reduce__()[0], f"{core}.multiarray._reconstruct")]
+                     (np.empty(0).__reduce__()[0], f"{core}.multiarray._reconstruct")]
 for module in ("pathlib", "pathlib._local"):
     SAFE_GLOBALS += [(pure, f"{module}.{prefix}{system}Path") for system, pure in (
         ("Posix", PurePosixPath), ("Windows", PureWindowsPath)) for prefix in ("", "Pure")]
@@ -1472,17 +1474,16 @@ def run_script(main):
 
 
 def join_ranks():
-    """Joins the process group of torchrun, if there is one -> rank, world size, device."""
+    """Joins the process group of torchrun, if there is one -> this rank's device."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: memory in pages of 2 MiB instead of 4 KiB
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    return device
 
 
 def world_size():
@@ -1564,8 +1565,10 @@ def stop_run(signal_number, step):
 def ignore_signals(worker):
     """Makes a worker ignore Ctrl-C and SIGTERM, which a terminal or SLURM sends to all processes.
 
-    torch ends the worker when the trainer ends. A worker whose trainer is already dead exits at once.
+    The worker ends with the trainer, however that ends: Linux kills it, torch's watchdog does so elsewhere. A worker
+    whose trainer is already dead exits at once.
     """
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # no public name; does nothing outside Linux
     trainer = multiprocessing.parent_process()
     forked = multiprocessing.get_start_method() == "fork"  # else the parent may be a fork server
     if not trainer.is_alive() or forked and os.getppid() != trainer.pid:

@@ -374,9 +374,9 @@ def read_settings():
             raise cmaev.CMAEVError("--predict: name one or more videos; behind -- where a name begins with -")
     if s.eval or s.predict:
         file = Path(s.out) / "settings.json"
-        record = json.loads(file.read_text()) if file.exists() else {}
+        record = json.loads(file.read_text()) if file.with_name("checkpoint.pt").exists() else {}
         if "names" not in record:
-            raise cmaev.CMAEVError(f"{s.out} holds no run of finetune.py: fine-tune first, or name a run with --out")
+            raise cmaev.CMAEVError(f"{s.out} holds no checkpoint of finetune.py: fine-tune, or give another --out")
         for name in record["settings"].keys() - by_hand - MACHINE - {"out"}:
             setattr(s, name, record["settings"][name])
         return s, record
@@ -402,8 +402,8 @@ def read_classes(s):
 
 def main():
     s, record = read_settings()
-    _, world, device = cmaev.join_ranks()
-    run, dtype = Path(s.out), cmaev.amp_dtype(s.amp, device)
+    device = cmaev.join_ranks()
+    world, run, dtype = cmaev.world_size(), Path(s.out), cmaev.amp_dtype(s.amp, device)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
     geometry = dict(frames=s.frames, size=s.size, tubelet=s.tubelet, patch=s.patch)
     test_clips = lambda videos: LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, segments=s.segments,

@@ -91,15 +91,15 @@ def read_settings():
     return cmaev.parse_settings(parser, RECIPES, sys.argv[1:])[0]
 
 
-def read_videos(s, world):
+def read_videos(s):
     """--data, --subset -> read_list's videos. Raises CMAEVError where they do not fill a step."""
     with cmaev.main_rank_first():
         if s.data == DEMO and not os.path.exists(DEMO):
             cmaev.print0("making the demo's videos in data/demo")
             cmaev.make_demo(Path(DEMO).parent)
-    if s.batch_size % (world * s.repeats) or s.batch_size < 2:
-        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give a multiple of {world} ranks x {s.repeats} repeats, "
-                               "and at least 2")
+    if s.batch_size % (cmaev.world_size() * s.repeats) or s.batch_size < 2:
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give a multiple of {cmaev.world_size()} ranks x "
+                               f"{s.repeats} repeats, and at least 2")
     if not s.data:
         raise cmaev.CMAEVError(f"the recipe {s.recipe} needs --data: a list (`path label` per line) or class folders")
     videos = cmaev.subset(cmaev.read_list(s.data), s.subset, s.seed)
@@ -110,7 +110,7 @@ def read_videos(s, world):
     return videos
 
 
-def build(s, world, device):
+def build(s, device):
     """Settings -> model, optimizer, scaler, and the function train_step(batch) -> losses, gradient norm."""
     torch.manual_seed(s.seed)
     model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature, fusion=s.fusion, frames=s.frames, size=s.size,
@@ -118,7 +118,7 @@ def build(s, world, device):
     optimizer = torch.optim.AdamW(cmaev.decay_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), fused=True)
     dtype = cmaev.amp_dtype(s.amp, device)
     scaler = cmaev.grad_scaler(dtype, device)
-    parallel = DistributedDataParallel(model) if world > 1 else model
+    parallel = DistributedDataParallel(model) if cmaev.world_size() > 1 else model
     normalize, augment = cmaev.normalize, cmaev.augment_colors
     if s.compile:
         parallel, normalize, augment = map(torch.compile, (parallel, normalize, augment))
@@ -137,9 +137,9 @@ def build(s, world, device):
 
 def main():
     s = read_settings()
-    _, world, device = cmaev.join_ranks()
-    videos, held_out, run = read_videos(s, world), cmaev.read_list(s.val) if s.val else [], Path(s.out)
-    model, optimizer, scaler, train_step = build(s, world, device)
+    device = cmaev.join_ranks()
+    videos, held_out, run = read_videos(s), cmaev.read_list(s.val) if s.val else [], Path(s.out)
+    model, optimizer, scaler, train_step = build(s, device)
     views = lambda videos, **how: cmaev.PretrainClips(videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size,
                                                       s.mask_ratio, log=run / "bad-videos.jsonl", **how)
     clips = views(videos, repeats=s.repeats, seed=s.seed, two_views=s.contrast_weight > 0)
@@ -156,8 +156,7 @@ def main():
         return cmaev.print0(f"{run} is finished, all {steps} steps: for another run, give another --out")
     parameters = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     cmaev.print0(f"{s.encoder}, {parameters:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} "
-                 f"clips; {world} x {device.type}, "
-                 f"{cmaev.amp_dtype(s.amp, device) or torch.float32}"
+                 f"clips; {cmaev.world_size()} x {device.type}, {cmaev.amp_dtype(s.amp, device) or torch.float32}"
                  + (f"; continuing from step {start}" if start else ""))
 
     received = cmaev.notice_signals()
@@ -176,7 +175,7 @@ def main():
             record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
             record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
             if save and s.val:
-                record["held_out_reconstruction"] = held_out_reconstruction(model, held_out, s, world, device)
+                record["held_out_reconstruction"] = held_out_reconstruction(model, held_out, s, device)
             cmaev.write_log(run, record, steps, f"loss {record['loss']:.4f} = {record['reconstruction']:.4f} + "
                             f"{s.contrast_weight} x {record['contrast']:.4f}  accuracy {record['accuracy']:.0%}")
             if show and s.picture_every and cmaev.this_rank() == 0:
@@ -193,10 +192,10 @@ def main():
 
 
 @torch.no_grad()
-def held_out_reconstruction(model, clips, s, world, device):
+def held_out_reconstruction(model, clips, s, device):
     """Mean reconstruction loss (equation 7) of held-out PretrainClips, each once, over all ranks."""
     total, dtype = torch.zeros(2, dtype=torch.float64, device=device), cmaev.amp_dtype(s.amp, device)
-    for sample in cmaev.loader(clips, s.workers, device, batch_size=s.batch_size // world,
+    for sample in cmaev.loader(clips, s.workers, device, batch_size=s.batch_size // cmaev.world_size(),
                                sampler=cmaev.rank_indices(clips)):
         clip, mask = cmaev.normalize(sample["online"][:, 0].to(device, non_blocking=True)), sample["mask"][:, 0]
         with torch.autocast(device.type, dtype, enabled=dtype is not None):

@@ -63,9 +63,10 @@ def synthetic_batch(s, model, count, device):
 
 def main():
     s = pretrain.read_settings()
-    _, world, device = cmaev.join_ranks()
-    videos = pretrain.read_videos(s, world) if s.data else []
-    model, optimizer, _, train_step = pretrain.build(s, world, device)
+    device = cmaev.join_ranks()
+    world = cmaev.world_size()
+    videos = pretrain.read_videos(s) if s.data else []
+    model, optimizer, _, train_step = pretrain.build(s, device)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     flops, dtype = clip_flops(model, s.mask_ratio), cmaev.amp_dtype(s.amp, device)
