@@ -552,16 +552,20 @@ def reconstruction_loss(prediction, clip, masked, grid):
     return F.mse_loss(prediction.float(), standardize(cubes(clip, grid, masked))[0])
 
 
-def info_nce(query, key, temperature):
+def info_nce(query, key, temperature, video=None):
     """Equations 4 and 5: cosine similarity and InfoNCE over the keys of all ranks, with the same B on each rank.
 
-    query, key [B, C]; row i of both is of the same clip, all other keys are negatives. Returns the loss and the share
-    of queries whose most similar key is the positive; float32 scalars.
+    query, key [B, C]; row i of both is of the same clip, the keys of other videos are negatives. `video`: int64 [B],
+    the clips' videos; without it each clip is of its own. Returns the loss and the share of queries whose most similar
+    key is the positive; float32 scalars.
     """
     query, keys = F.normalize(query.float(), dim=1), gather_over_ranks(F.normalize(key.float(), dim=1))
     with torch.autocast(query.device.type, enabled=False):
         logits = query @ keys.T / temperature  # [B, B * world]
     positives = torch.arange(len(query), device=query.device) + len(query) * this_rank()
+    if video is not None:  # other clips of the same video are neither positive nor negative
+        same = video[:, None] == gather_over_ranks(video)
+        logits = logits.masked_fill(same.scatter(1, positives[:, None], False), -math.inf)
     return F.cross_entropy(logits, positives), (logits.argmax(dim=1) == positives).float().mean()
 
 
@@ -573,9 +577,10 @@ def info_nce(query, key, temperature):
 class CMAEV(nn.Module):
     """The whole method. model(online, target, mask) -> float32 scalars: loss, reconstruction, contrast, accuracy.
 
-    online, target: normalised clips [B, 3, T, H, W]; mask: bool [B, N], on the CPU. pretrain.py applies augment_colors
-    to the target, normalize to both, and calls update_target after each optimiser step. `contrast_weight` 0 is
-    VideoMAE (ViT) or a video ConvMAE (ConvViT): no target branch is built. `geometry`: see build_encoder.
+    online, target: normalised clips [B, 3, T, H, W]; mask: bool [B, N], on the CPU; video: see info_nce. pretrain.py
+    applies augment_colors to the target, normalize to both, and calls update_target after each optimiser step.
+    `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): no target branch is built. Without a target, the
+    loss is the reconstruction alone. The result also holds the online feature [B, D]. `geometry`: see build_encoder.
     """
 
     def __init__(self, encoder="vit_base", contrast_weight=0.14, temperature=0.07, **geometry):
@@ -590,26 +595,29 @@ class CMAEV(nn.Module):
             self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
             self.target_projector = deepcopy(self.projector).requires_grad_(False)
 
-    def forward(self, online, target, mask):
+    def forward(self, online, target, mask, video=None):
         self.encoder.check(online, mask)
         visible, masked = visible_and_masked(mask, online.device)  # the token indices of x^v and x^m
         tokens = self.encoder(online, visible)  # equation 1
         prediction = self.decoder(tokens, visible, masked)  # equation 6
         reconstruction = reconstruction_loss(prediction, online, masked, self.encoder.grid)  # equation 7
-        if not self.contrast_weight:
-            zero = torch.zeros_like(reconstruction)
-            return dict(loss=reconstruction, reconstruction=reconstruction, contrast=zero, accuracy=zero)
 
-        if target is None or len(online) * world_size() < 2:
-            raise CMAEVError("InfoNCE needs a target clip and two or more clips in the global batch")
         feature = tokens.mean(dim=1)  # equation 2 over the visible tokens: no feature decoder (section 3)
-        with torch.no_grad():
-            target_feature = self.target_encoder(target).mean(dim=1)  # equation 3
-            key = self.target_projector(target_feature)
-        query = self.predictor(self.projector(feature))
-        contrast, accuracy = info_nce(query, key, self.temperature)  # equations 4 and 5
+        contrast = accuracy = torch.zeros_like(reconstruction)
+        if self.contrast_weight and target is not None:
+            with torch.no_grad():
+                target_feature = self.target_encoder(target).mean(dim=1)  # equation 3
+            contrast, accuracy = self.contrast(feature, target_feature, video)  # equations 4 and 5
         loss = reconstruction + self.contrast_weight * contrast  # equation 8
-        return dict(loss=loss, reconstruction=reconstruction, contrast=contrast, accuracy=accuracy)
+        return dict(loss=loss, reconstruction=reconstruction, contrast=contrast, accuracy=accuracy, feature=feature)
+
+    def contrast(self, feature, target_feature, video=None):
+        """Heads and InfoNCE on the features [B, D] of both views -> loss, accuracy (see info_nce)."""
+        if len(feature) * world_size() < 2:
+            raise CMAEVError("InfoNCE needs two or more clips in the global batch")
+        with torch.no_grad():
+            key = self.target_projector(target_feature)
+        return info_nce(self.predictor(self.projector(feature)), key, self.temperature, video)
 
     @torch.no_grad()
     def update_target(self, momentum):
@@ -634,6 +642,57 @@ class CMAEV(nn.Module):
         fillings = [torch.zeros_like(pixels), mean.expand_as(pixels), pixels * std + mean]
         filled = [x.scatter(1, masked[..., None].expand_as(prediction), filling.flatten(-2)) for filling in fillings]
         return [to_unit_range(uncubes(x, self.encoder.grid, clip.shape[2:])).clamp(0, 1) for x in (x, *filled)]
+
+    @torch.no_grad()
+    def features(self, online, target, mask):
+        """Equations 1 to 3 without gradient -> features [B, D] of the online and the target view."""
+        self.encoder.check(online, mask)
+        visible, _ = visible_and_masked(mask, online.device)
+        return self.encoder(online, visible).mean(dim=1), self.target_encoder(target).mean(dim=1)
+
+
+def backward_in_parts(model, parallel, parts, views, scaler, autocast):
+    """Backward pass of a batch in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
+
+    `parts`: the loader's dicts; views(part): the arguments of `parallel`, which is the model or its DDP wrapper.
+    Gradient accumulation would be another method: InfoNCE and the heads' batch norm couple all clips. But they depend
+    on the encoder through the features f alone. Let g be the gradient of lambda_c L_c with respect to f. Then <f, g>
+    has the same gradient in the encoder, and it is a sum over clips. The cost is a second pass over visible tokens.
+    """
+    kept, features, replaced = [], [], 0
+    for part in parts:  # 1. the features of all micro-batches, without gradient
+        if model.contrast_weight:
+            online, target, mask, video = views(part)
+            with autocast():
+                features.append((*model.features(online, target, mask), video))
+        replaced += part["replaced"].sum()
+        kept.append({name: part[name] for name in ("online", "mask")})
+
+    logged = {}
+    if model.contrast_weight:  # 2. g, from the whole batch
+        f, target_feature, video = map(torch.cat, zip(*features))
+        f = f.float().requires_grad_()
+        with autocast():
+            logged["contrast"], logged["accuracy"] = model.contrast(f, target_feature, video)
+            loss = scaler.scale(model.contrast_weight * logged["contrast"])
+        g = torch.autograd.grad(loss, f)[0] / scaler.scale(torch.ones_like(loss))
+
+    reconstruction = 0
+    for i, part in enumerate(kept):  # 3. each micro-batch again, with gradient
+        last, batch = i == len(kept) - 1, len(part["mask"])
+        with synchronised(parallel, last):
+            with autocast():
+                losses = parallel(*views(part))  # without a target: the reconstruction alone
+                loss = losses["loss"] / len(kept)
+                reconstruction = reconstruction + loss.detach()
+                if model.contrast_weight and last:  # L_c itself: the heads get their gradient, all parameters take part
+                    f = torch.cat([f.detach()[:-batch], losses["feature"].float()])
+                    loss = loss + model.contrast_weight * model.contrast(f, target_feature, video)[0]
+                elif model.contrast_weight:
+                    loss = loss + (losses["feature"] * g[i * batch:(i + 1) * batch]).sum()
+            scaler.scale(loss).backward()
+    losses = losses | logged | dict(reconstruction=reconstruction)
+    return losses | dict(loss=reconstruction + model.contrast_weight * losses["contrast"]), replaced
 
 
 def to_unit_range(clips):
@@ -816,10 +875,11 @@ class PretrainClips(VideoClips):
     """The two views of each video and their tube mask.
 
     `grid`: the encoder's token grid. `repeats`: clips per opened video, each with its own start, shift, crop and mask
-    [mae_st]; they are each other's negatives in InfoNCE. dataset[epoch, index], R = repeats, S = size:
+    [mae_st]. dataset[epoch, index], R = repeats, S = size:
         online    uint8 [R, T, 3, S, S]   the view to be masked
-        target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`
+        target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`, as colors and video
         colors    float32 [R, 11]         the target's colour augmentation (draw_colors)
+        video     int64 [R]               index of the video in `videos`
         mask      bool [R, N]             True = masked
         replaced  bool [R]                see VideoClips
     """
@@ -841,7 +901,8 @@ class PretrainClips(VideoClips):
                              for clip in indices])  # [R, 2, T, 3, S, S]
         sample = {"online": views[:, 0], "mask": tube_mask(self.repeats, self.grid, self.mask_ratio, generator)}
         if self.two_views:
-            sample.update(target=views[:, 1], colors=torch.stack([draw_colors() for _ in range(self.repeats)]))
+            sample.update(target=views[:, 1], colors=torch.stack([draw_colors() for _ in range(self.repeats)]),
+                          video=torch.full((self.repeats,), index))
         return sample
 
     def crop(self, frames, generator):
@@ -1597,20 +1658,34 @@ def rank_indices(clips):
     return [(0, i) for i in range(this_rank(), len(clips), world_size())]
 
 
-def batches(videos, batch, steps, seed, start=0):
-    """Yields this rank's batches from step `start` to the end of the run: lists of (epoch, index).
+def batches(videos, batch, steps, seed, start=0, parts=1):
+    """Yields this rank's micro-batches, `parts` per step, from step `start` to the end: lists of (epoch, index).
 
     Each epoch is a permutation of the videos, seeded by (seed, epoch), cut into global batches and then into ranks. The
     videos left over at its end are dropped. One iterator serves all epochs: workers never restart.
     """
-    per_epoch, part = videos // batch, batch // world_size()
+    per_epoch, part = videos // batch, batch // (world_size() * parts)
     for step in range(start, steps):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == start:
             with seeded(seed, epoch) as generator:
                 order = torch.randperm(videos, generator=generator).tolist()
-        first = i * batch + this_rank() * part
-        yield [(epoch, index) for index in order[first:first + part]]
+        start_of_rank = i * batch + this_rank() * parts * part
+        for first in range(start_of_rank, start_of_rank + parts * part, part):
+            yield [(epoch, index) for index in order[first:first + part]]
+
+
+def micro_batches(s, repeats=1):
+    """--batch-size, --micro-batch -> number of micro-batches per step. `repeats`: clips of a video in a batch.
+
+    Raises CMAEVError if the batch does not divide.
+    """
+    part = s.micro_batch or repeats
+    if s.batch_size % (world_size() * part) or part % repeats:
+        what = f"{s.micro_batch} of --micro-batch" if s.micro_batch else f"{repeats} repeats"
+        raise CMAEVError(f"--batch-size {s.batch_size}: give a multiple of {world_size()} ranks x {what}"
+                         + f", a multiple of {repeats} repeats" * bool(s.micro_batch and repeats > 1))
+    return s.batch_size // (world_size() * part) if s.micro_batch else 1
 
 
 class Feed:
@@ -1667,12 +1742,16 @@ def grad_scaler(dtype, device):
     return torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype is torch.float16 else 1.0)
 
 
-def optimizer_step(loss, parameters, optimizer, scaler, dtype, max_norm=0.0):
-    """Backward pass and optimiser step -> gradient norm, a float32 scalar. `max_norm` 0: no clipping.
+def synchronised(parallel, last):
+    """Context of a micro-batch's forward and backward pass: DDP averages the gradients over ranks in the last one."""
+    return contextlib.nullcontext() if last or world_size() == 1 else parallel.no_sync()
+
+
+def optimizer_step(parameters, optimizer, scaler, dtype, max_norm=0.0):
+    """Optimiser step after scaler.scale(loss).backward() -> gradient norm, a float32 scalar. `max_norm` 0: no clipping.
 
     A gradient that is not finite skips the step, on all ranks, since DDP has averaged it. No synchronisation.
     """
-    scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     scaler.step(optimizer)
@@ -1717,10 +1796,10 @@ class Meter:
         self.counts = dict(bad_clips=0, skipped_steps=0)  # of the whole run
 
     def add(self, values, grad_norm, replaced):
-        """Adds a step's values (float scalars, one per name), unless it was skipped, and counts its replaced clips."""
+        """Adds a step's values (float scalars, one per name) unless it was skipped, and counts its replaced clips."""
         skipped = ~grad_norm.isfinite()
         values = torch.stack([*values, torch.ones_like(grad_norm)]).where(~skipped, 0)
-        self.sums += torch.cat([values, torch.stack([skipped, replaced.sum()])])
+        self.sums += torch.cat([values, torch.stack([skipped, replaced])])
         self.in_a_row = (self.in_a_row + 1) * skipped
 
     def read(self, step, clips, per_epoch, bad_share):

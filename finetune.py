@@ -42,7 +42,7 @@ RECIPES = {
                           segments=2, epochs=50, batch_size=512),
 }
 MACHINE = {"compile", "workers", "log_every", "save_every"}
-FREE = MACHINE | {"bad_share", "eval", "predict", "segments", "crops", "val"}  # may change in a run
+FREE = MACHINE | {"bad_share", "micro_batch", "eval", "predict", "segments", "crops", "val"}  # may change in a run
 
 
 # =====================================================================================================================
@@ -411,7 +411,7 @@ def main():
 
     def score(function, videos):
         with autocast():
-            batch = max(1, s.batch_size // (world * s.segments * s.crops))
+            batch = max(1, (s.micro_batch or s.batch_size // world) // (s.segments * s.crops))
             return score_videos(function, test_clips(videos), batch, s.workers, device)
 
     def evaluate(model, tests, names, folder):
@@ -438,11 +438,12 @@ def main():
     videos, tests, names, about = read_classes(s)
     if s.probe:
         return probe(s, geometry, videos, tests, names, score, device)
-    if s.batch_size % world or len(videos) < s.batch_size:
-        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give a multiple of {world} ranks, and no more than the "
-                               f"{len(videos)} videos of {s.data}")
-    if s.batch_size // world < 2 and (s.mixup or s.cutmix):
-        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: --mixup and --cutmix need two or more videos per rank")
+    parts = cmaev.micro_batches(s)
+    if len(videos) < s.batch_size:
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give no more than the {len(videos)} videos of {s.data}")
+    if s.batch_size // (world * parts) < 2 and (s.mixup or s.cutmix):
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}, --micro-batch {s.micro_batch}: --mixup and --cutmix need "
+                               "two or more videos per rank at a time")
     model = build(names)
     if s.init != "none":
         cmaev.load_encoder(s.init, model.encoder)
@@ -472,18 +473,23 @@ def main():
         parallel = torch.compile(parallel)
     received = cmaev.notice_signals()
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
-        len(videos), s.batch_size, steps, s.seed, start)), device)
+        len(videos), s.batch_size, steps, s.seed, start, parts)), device)
     model.train()
     for step in range(start, steps):
         lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
-        batch = next(feed)
         torch.manual_seed(cmaev.seed_of(s.seed, step, cmaev.this_rank()))  # of mixup and drop path: for restarts
-        clip, labels = mix(cmaev.normalize(batch["clip"]), batch["label"])
-        with autocast():
-            logits = parallel(clip)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=s.smoothing)
-        grad_norm = cmaev.optimizer_step(loss, model.parameters(), optimizer, scaler, dtype, s.clip_grad)
-        meter.add([loss.detach()], grad_norm, batch["replaced"])
+        step_loss = replaced = 0
+        for part in range(parts):
+            batch = next(feed)
+            clip, labels = mix(cmaev.normalize(batch["clip"]), batch["label"])
+            with cmaev.synchronised(parallel, last=part == parts - 1):
+                with autocast():
+                    logits = parallel(clip)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=s.smoothing) / parts
+                scaler.scale(loss).backward()
+            step_loss, replaced = step_loss + loss.detach(), replaced + batch["replaced"].sum()
+        grad_norm = cmaev.optimizer_step(model.parameters(), optimizer, scaler, dtype, s.clip_grad)
+        meter.add([step_loss], grad_norm, replaced)
 
         done, last = step + 1, step + 1 == steps
         if done == 1 or done % s.log_every == 0 or last:

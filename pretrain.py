@@ -31,7 +31,8 @@ RECIPES = {
     "k400": dict(out="runs/pretrain-k400"),
     "ssv2": dict(out="runs/pretrain-ssv2", rate=2, max_shift=4),
 }
-FREE = {"compile", "workers", "log_every", "save_every", "picture_every", "val", "bad_share"}  # may change in a run
+FREE = {  # may change in a run
+    "compile", "workers", "micro_batch", "log_every", "save_every", "picture_every", "val", "bad_share"}
 
 
 def add_shared_settings(parser):
@@ -56,6 +57,7 @@ def add_shared_settings(parser):
     add("--epochs", type=cmaev.COUNT, default=800, help="passes over the videos")
     add("--warmup-epochs", type=cmaev.WHOLE, default=40, help="epochs of linear warm-up")
     add("--batch-size", type=cmaev.COUNT, default=2048, help="clips (fine-tuning: videos) per step over all ranks")
+    add("--micro-batch", type=cmaev.WHOLE, default=0, help="of these, a rank's share per pass, for memory; 0: all")
     add("--lr", type=cmaev.POSITIVE, default=1.5e-4, help="base learning rate, times batch size / 256")
     add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, times batch size / 256")
     add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-5, help="end of the cosine, times batch size / 256")
@@ -97,9 +99,9 @@ def read_videos(s):
         if s.data == DEMO and not os.path.exists(DEMO):
             cmaev.print0("making the demo's videos in data/demo")
             cmaev.make_demo(Path(DEMO).parent)
-    if s.batch_size % (cmaev.world_size() * s.repeats) or s.batch_size < 2:
-        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give a multiple of {cmaev.world_size()} ranks x "
-                               f"{s.repeats} repeats, and at least 2")
+    if s.batch_size < 2:
+        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give at least 2")
+    cmaev.micro_batches(s, s.repeats)
     if not s.data:
         raise cmaev.CMAEVError(f"the recipe {s.recipe} needs --data: a list (`path label` per line) or class folders")
     videos = cmaev.subset(cmaev.read_list(s.data), s.subset, s.seed)
@@ -111,7 +113,7 @@ def read_videos(s):
 
 
 def build(s, device):
-    """Settings -> model, optimizer, scaler, and the function train_step(batch) -> losses, gradient norm."""
+    """Settings -> model, optimizer, scaler, and train_step(feed) -> losses, gradient norm, number of replaced clips."""
     torch.manual_seed(s.seed)
     model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature, fusion=s.fusion, frames=s.frames, size=s.size,
                         tubelet=s.tubelet, patch=s.patch).to(device)
@@ -119,19 +121,31 @@ def build(s, device):
     dtype = cmaev.amp_dtype(s.amp, device)
     scaler = cmaev.grad_scaler(dtype, device)
     parallel = DistributedDataParallel(model) if cmaev.world_size() > 1 else model
-    normalize, augment = cmaev.normalize, cmaev.augment_colors
+    normalize, augment, parts = cmaev.normalize, cmaev.augment_colors, cmaev.micro_batches(s, s.repeats)
     if s.compile:
         parallel, normalize, augment = map(torch.compile, (parallel, normalize, augment))
+        model.features = torch.compile(model.features)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
 
-    def train_step(batch):
+    def views(batch):
         online, target = normalize(batch["online"]), batch.get("target")
         if target is not None:
             target = normalize(augment(target, batch["colors"]) if s.color_augment else target)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            losses = parallel(online, target, batch["mask"])
-        grad_norm = cmaev.optimizer_step(losses["loss"], model.parameters(), optimizer, scaler, dtype, s.clip_grad)
+        return online, target, batch["mask"], batch.get("video")
+
+    def train_step(feed):
+        if parts == 1:
+            batch = next(feed)
+            with autocast():
+                losses = parallel(*views(batch))
+            scaler.scale(losses["loss"]).backward()
+            replaced = batch["replaced"].sum()
+        else:
+            batches = (next(feed) for _ in range(parts))
+            losses, replaced = cmaev.backward_in_parts(model, parallel, batches, views, scaler, autocast)
+        grad_norm = cmaev.optimizer_step(model.parameters(), optimizer, scaler, dtype, s.clip_grad)
         model.update_target(s.momentum)
-        return losses, grad_norm
+        return losses, grad_norm, replaced
     return model, optimizer, scaler, train_step
 
 
@@ -161,12 +175,11 @@ def main():
 
     received = cmaev.notice_signals()
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
-        len(videos), per_step, steps, s.seed, start)), device)
+        len(videos), per_step, steps, s.seed, start, cmaev.micro_batches(s, s.repeats))), device)
     for step in range(start, steps):
         lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
-        batch = next(feed)
-        losses, grad_norm = train_step(batch)
-        meter.add([losses[name].detach() for name in METRICS], grad_norm, batch["replaced"])
+        losses, grad_norm, replaced = train_step(feed)
+        meter.add([losses[name].detach() for name in METRICS], grad_norm, replaced)
 
         done, last = step + 1, step + 1 == steps
         if done == 1 or done % s.log_every == 0 or last:
@@ -195,8 +208,8 @@ def main():
 def held_out_reconstruction(model, clips, s, device):
     """Mean reconstruction loss (equation 7) of held-out PretrainClips, each once, over all ranks."""
     total, dtype = torch.zeros(2, dtype=torch.float64, device=device), cmaev.amp_dtype(s.amp, device)
-    for sample in cmaev.loader(clips, s.workers, device, batch_size=s.batch_size // cmaev.world_size(),
-                               sampler=cmaev.rank_indices(clips)):
+    batch = s.micro_batch or s.batch_size // cmaev.world_size()
+    for sample in cmaev.loader(clips, s.workers, device, batch_size=batch, sampler=cmaev.rank_indices(clips)):
         clip, mask = cmaev.normalize(sample["online"][:, 0].to(device, non_blocking=True)), sample["mask"][:, 0]
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             visible, masked = cmaev.visible_and_masked(mask, device)

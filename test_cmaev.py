@@ -11,6 +11,7 @@ the helpers.
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -134,6 +135,7 @@ def write_list(path, videos):
 SMALL, TINY = dict(frames=4, size=(32, 48), tubelet=2, patch=16), dict(frames=4, size=32, tubelet=2, patch=8)
 cmaev.ENCODERS["vit_test"] = cmaev.VisionTransformer, dict(width=64, depth=2, heads=2)
 cmaev.ENCODERS["convvit_test"] = cmaev.ConvViT, dict(widths=(16, 32, 64), depths=(1, 1, 1), heads=2, fusion=True)
+VIDEOS = torch.tensor([0, 1, 2, 0, 3, 0, 4, 1, 0, 5, 6, 6])  # of 12 clips, some of the same video
 both_encoders = pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
 
 
@@ -155,8 +157,55 @@ def tiny_model(encoder="vit_test", batch=6, **settings):
     return model, (online, online + 0.3 * torch.randn(batch, 3, 4, 32, 32), cmaev.tube_mask(batch, (2, 4, 4), 0.75))
 
 
+def random_features(batch):
+    """Queries and keys, float64."""
+    torch.manual_seed(0)
+    return torch.randn(batch, 5, dtype=torch.float64), torch.randn(batch, 5, dtype=torch.float64)
+
+
 def gradients(model):
     return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@contextlib.contextmanager
+def float64():
+    """The whole computation in float64, also what the module computes in float32 under AMP."""
+    to_float32 = torch.Tensor.float
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", lambda x: x.double() if x.ndim else to_float32(x))  # GradScaler's scalars
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def backward_in_parts(model, batch, count, parallel=None, scaler=None, autocast=contextlib.nullcontext):
+    """The batch's backward pass in `count` micro-batches -> losses. batch: online, target, mask, video."""
+    names = "online", "target", "mask", "video"
+    parts = [dict(zip(names, part), replaced=torch.zeros(len(part[0]), dtype=torch.bool))
+             for part in zip(*(x.chunk(count) for x in batch))]
+    return cmaev.backward_in_parts(model, parallel or model, iter(parts), lambda part: [part.get(x) for x in names],
+                                   scaler or cmaev.grad_scaler(None, torch.device("cpu")), autocast)[0]
+
+
+def assert_equal_gradients(grads, expected):
+    """To float64's rounding. A bias in front of a batch norm has gradient zero."""
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        zero = name in ("projector.0.bias", "predictor.0.bias")
+        assert (grads[name] - grad).norm() < (1e-12 if zero else 1e-9 * grad.norm()), name
+
+
+def slow_info_nce(query, key, tau, video):
+    """Each query's loss, and whether its positive is the most similar key, by loops."""
+    losses, right = [], []
+    for i in range(len(query)):
+        rho = {j: float(query[i] @ key[j] / query[i].norm() / key[j].norm()) for j in range(len(key))
+               if i == j or video[i] != video[j]}
+        losses.append(math.log(sum(math.exp(r / tau) for r in rho.values())) - rho[i] / tau)
+        right.append(max(rho, key=rho.get) == i)
+    return losses, right
 
 
 def assert_close_gradients(grads, expected, rtol=1e-4, atol=1e-6):
@@ -329,15 +378,24 @@ def work_as_rank(folder):
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         losses = parallel(*half(batch))
         losses["loss"].backward()
-        means = {name: float(cmaev.sum_over_ranks(value.detach().clone())) / 2 for name, value in losses.items()}
+        means = {name: float(cmaev.sum_over_ranks(losses[name].detach().clone())) / 2 for name in pretrain.METRICS}
         torch.save((means, gradients(model)), f"{folder}/{encoder}-{rank}.pt")
     optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), cmaev.grad_scaler(None, cpu)
     for factor in (1, math.nan if rank == 1 else 1, 1):
         optimizer.zero_grad()
-        loss = parallel(*half(batch))["loss"] * factor
-        grad_norm = cmaev.optimizer_step(loss, model.parameters(), optimizer, scaler, None)
+        scaler.scale(parallel(*half(batch))["loss"] * factor).backward()
+        grad_norm = cmaev.optimizer_step(model.parameters(), optimizer, scaler, None)
         steps.append((bool(grad_norm.isfinite()), model.decoder.head.weight.detach().clone()))
     torch.save(steps, f"{folder}/steps-{rank}.pt")
+    with float64():
+        for encoder, weight in itertools.product(("convvit_test", "vit_test"), (0.0, 0.14)):
+            model, batch = tiny_model(encoder, batch=12, contrast_weight=weight)
+            backward_in_parts(model, [x[6 * rank:6 * rank + 6] for x in (*batch, VIDEOS)], 3,
+                              torch.nn.parallel.DistributedDataParallel(model))
+            torch.save(gradients(model), f"{folder}/{encoder}-{weight}-{rank}.pt")
+        query, key, video = half((*random_features(8), VIDEOS))
+        losses = cmaev.info_nce(query, key, 0.07, video)
+        torch.save([float(x) for x in losses], f"{folder}/info_nce-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -507,11 +565,8 @@ def test_batch_norm_equals_torch():
 @pytest.mark.parametrize("amp", [False, True])
 def test_losses_against_loops(amp):
     """InfoNCE; VideoMAE's target, per cube and channel, unbiased, epsilon outside the root. Float32 under AMP too."""
-    query, key, tau, total, right = torch.randn(7, 5).double(), torch.randn(7, 5).double(), 0.07, 0.0, 0
-    for i in range(7):
-        rho = [float(query[i] @ k / math.sqrt(query[i] @ query[i]) / math.sqrt(k @ k)) for k in key]
-        total -= math.log(math.exp(rho[i] / tau) / sum(math.exp(r / tau) for r in rho))
-        right += max(range(7), key=lambda j: rho[j]) == i
+    (query, key), tau = random_features(7), 0.07
+    losses, right = slow_info_nce(query, key, tau, range(7))
     clip, grid, errors = torch.rand(2, 3, 4, 32, 48, dtype=torch.float64), (2, 2, 3), []
     clip[0, 0, :2] = 0.485 + 1e-6 * clip[0, 0, :2]  # so flat that the epsilon matters
     mask, prediction = cmaev.tube_mask(2, grid, 0.5), torch.randn(2, 6, 1536, dtype=torch.float64)
@@ -527,8 +582,21 @@ def test_losses_against_loops(amp):
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         contrast, accuracy = cmaev.info_nce(query, key, tau)
         reconstruction = cmaev.reconstruction_loss(prediction.float(), normalized, masked, grid)
-    assert float(contrast) == pytest.approx(total / 7, rel=1e-5) and float(accuracy) == pytest.approx(right / 7)
+    assert float(contrast) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(accuracy) == pytest.approx(np.mean(right))
     assert float(reconstruction) == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_clips_of_the_same_video_are_no_negatives(two_ranks):
+    (query, key), video = random_features(8), VIDEOS[:8]
+    losses, right = slow_info_nce(query, key, 0.07, video.tolist())
+    with float64():
+        whole = [float(x) for x in cmaev.info_nce(query, key, 0.07, video)]
+    assert whole == pytest.approx([np.mean(losses), np.mean(right)])
+    for rank in range(2):
+        rows = slice(4 * rank, 4 * rank + 4)
+        of_rank = torch.load(two_ranks / f"info_nce-{rank}.pt")
+        assert of_rank == pytest.approx([np.mean(losses[rows]), np.mean(right[rows])])
 
 
 # 5  CMAE-V -----------------------------------------------------------------------------------------------------------
@@ -537,7 +605,6 @@ def test_calls_that_cannot_work_say_what_is_expected(demo):
     model, (online, target, mask) = tiny_model()
     convvit, no_tubes = small_encoder("convvit"), torch.arange(12).expand(1, -1) % 5 < 2
     for call, words in {
-            lambda: model(online, None, mask): "needs a target clip",
             lambda: model(online[:1], target[:1], mask[:1]): "two or more clips",
             lambda: model.encoder(online[0]): "clip [B, 3, T,",
             lambda: model(online, target, mask[:, 1:]): "bool [B, N]",
@@ -574,6 +641,59 @@ def test_equation_8_trains_all_but_the_target_which_follows(encoder):
         expected = 0.9 * before[name] + 0.1 * model.get_parameter(name)
         torch.testing.assert_close(model.get_parameter(f"target_{name}"), expected)
     assert len(sources) == sum(name.startswith("target_") for name in before)
+
+
+@both_encoders
+@pytest.mark.parametrize("weight", [0.0, 0.14])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(two_ranks, encoder, weight):
+    """In two steps with a momentum step between them, by one process; and by two ranks with three parts each."""
+    def two_steps(backward):
+        model, batch = tiny_model(encoder, contrast_weight=weight)
+        optimizer, steps = torch.optim.SGD(model.parameters(), lr=0.1), []
+        for _ in range(2):
+            losses = backward(model, (*batch, VIDEOS[:6]))
+            steps.append(({name: losses[name].item() for name in pretrain.METRICS}, gradients(model)))
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_target(0.9)
+        return steps
+
+    def whole_batch(model, batch):
+        losses = model(*batch)
+        losses["loss"].backward()
+        return losses
+
+    with float64():
+        expected = two_steps(whole_batch)
+        for count in (1, 2, 3, 6):
+            steps = two_steps(lambda model, batch: backward_in_parts(model, batch, count))
+            for (losses, grads), (expected_losses, expected_grads) in zip(steps, expected):
+                assert losses == pytest.approx(expected_losses, rel=1e-9)
+                assert_equal_gradients(grads, expected_grads)
+        model, batch = tiny_model(encoder, batch=12, contrast_weight=weight)
+        whole_batch(model, (*batch, VIDEOS))
+        for rank in range(2):
+            assert_equal_gradients(torch.load(two_ranks / f"{encoder}-{weight}-{rank}.pt"), gradients(model))
+
+
+@both_encoders
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_micro_batches_under_amp(encoder, dtype):
+    """As near to float32's gradient as the whole batch under AMP is; float16 with a loss scale that it needs."""
+    grads, cpu = {}, torch.device("cpu")
+    for name in ("float32", "whole", "parts"):
+        model, batch = tiny_model(encoder)
+        scaler = cmaev.grad_scaler(None if name == "float32" else dtype, cpu)
+        autocast = lambda: torch.autocast("cpu", dtype, enabled=name != "float32")
+        if name == "parts":
+            backward_in_parts(model, (*batch, VIDEOS[:6]), 3, None, scaler, autocast)
+        else:
+            with autocast():
+                loss = model(*batch, VIDEOS[:6])["loss"]
+            scaler.scale(loss).backward()
+        grads[name] = torch.cat([grad.flatten() for grad in gradients(model).values()]) / scaler.get_scale()
+    error = {name: (grad - grads["float32"]).norm() / grads["float32"].norm() for name, grad in grads.items()}
+    assert error["parts"] < 1.5 * error["whole"] < 0.5
 
 
 @both_encoders
@@ -1131,7 +1251,10 @@ def test_decoder_of_a_videomae_file_gives_its_loss(tmp_path):
         "--data text.txt --repeats 4": "text.mp4: cannot be opened as a video", "--frames 3": "3 frames of 48x48",
         "--data late.txt --workers 1 --out late": "ten videos in a row cannot be read, the last one: audio.mp4: has no",
         "--encoder vgg": "no encoder 'vgg'", "--encoder convvit_tiny --size 60 --patch 6": "patch size 6",
-        "--batch-size 16": "--batch-size 16: give no more than", "--batch-size 5 --repeats 2": "a multiple",
+        "--batch-size 16": "--batch-size 16: give no more than",
+        "--batch-size 5 --repeats 2": "--batch-size 5: give a multiple of 1 ranks x 2 repeats",
+        "--micro-batch 3": "--batch-size 4: give a multiple of 1 ranks x 3 of --micro-batch",
+        "--micro-batch 1 --repeats 2": "1 ranks x 1 of --micro-batch, a multiple of 2 repeats",
         "--recipe k400 --data=": "needs --data", "--out good.txt/run": "--out good.txt/run cannot be made",
         "--epoch 3": "--epoch", "--amp fp8": "--amp: invalid choice: 'fp8'", "--epochs x": "--epochs: invalid",
         "--epochs 0": "--epochs: 0: give a number in [1, inf)",
@@ -1148,7 +1271,8 @@ def test_decoder_of_a_videomae_file_gives_its_loss(tmp_path):
         "--val text.txt --probe knn --workers 1": "text.mp4: cannot be opened", "--layer-decay 0": "a number in (0, 1]",
         "--data one.txt --probe linear": "two or more training videos", "--recipe k400 --data=": "--data is not given",
         "--predict": "name one or more videos", "--predict good.mp4 --out nothing": "nothing holds no checkpoint of",
-        "--batch-size 1 --mixup 1": "two or more videos per", "--sampling often": "invalid choice"}.items())])
+        "--batch-size 1 --mixup 1": "two or more videos per", "--micro-batch 3": "1 ranks x 3 of --micro-batch",
+        "--sampling often": "invalid choice"}.items())])
 def test_wrong_input_ends_in_one_line(wrong, monkeypatch, script, arguments, words):
     monkeypatch.chdir(wrong)
     usual = "--recipe demo --batch-size 4 --data good.txt" + " --val good.txt --init none" * (script is finetune)
@@ -1231,11 +1355,30 @@ def test_two_ranks_give_the_gradient_of_the_whole_batch(two_ranks, encoder):
     losses["loss"].backward()
     for rank in range(2):
         means, grads = torch.load(two_ranks / f"{encoder}-{rank}.pt", weights_only=True)
-        assert means == pytest.approx({name: value.item() for name, value in losses.items()}, rel=1e-5)
+        assert means == pytest.approx({name: losses[name].item() for name in pretrain.METRICS}, rel=1e-5)
         assert_close_gradients(grads, gradients(model))
     (one, weights), (other, same) = (zip(*torch.load(two_ranks / f"steps-{rank}.pt")) for rank in (0, 1))
     assert one == other == (True, False, True) and all(map(torch.equal, weights, same))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_a_run_in_micro_batches_logs_the_same_and_resumes(demo, tmp_path, monkeypatch, script):
+    """To float64's rounding; stopped and continued it is bit-equal. Mixup and drop path draw per micro-batch."""
+    arguments = (pretraining if script is pretrain else finetuning)
+    more = ["--repeats", 2] if script is pretrain else "--init none --mixup 0 --cutmix 0 --drop-path 0".split()
+    whole, parts, stopped = (arguments(demo, tmp_path / name, *more) for name in ("whole", "parts", "stopped"))
+    with float64():
+        assert run(script, *whole) is None and run(script, *parts, "--micro-batch", 2) is None
+        with monkeypatch.context() as patch:
+            log = tmp_path / "stopped" / "log.jsonl"
+            patch.setattr(cmaev, "notice_signals", lambda: lambda: signal.SIGTERM * (len(log.open().readlines()) == 1))
+            assert run(script, *stopped, "--micro-batch", 2) == str(cmaev.SAVED_AND_STOPPED)
+        assert run(script, *stopped, "--micro-batch", 2) is None
+    for line, expected in zip(log_of(tmp_path / "parts"), log_of(tmp_path / "whole"), strict=True):
+        assert line == pytest.approx(expected, rel=1e-6)
+    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "parts")
+    assert_same_weights(tmp_path / "stopped", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
@@ -1559,12 +1702,13 @@ def test_faults_a_skipped_step_changes_nothing(dtype):
     meter = cmaev.Meter(["loss"], cpu)
     for factor in (1.0, math.nan, math.inf, 1e38 if dtype else math.nan, 1.0):
         losses.append(layer(torch.ones(1, 4)).sum() * factor)
-        grad_norm = cmaev.optimizer_step(losses[-1], layer.parameters(), optimizer, scaler, dtype)
-        meter.add([losses[-1].detach()], grad_norm, torch.zeros(2, dtype=torch.bool))
+        scaler.scale(losses[-1]).backward()
+        grad_norm = cmaev.optimizer_step(layer.parameters(), optimizer, scaler, dtype)
+        meter.add([losses[-1].detach()], grad_norm, torch.zeros(()))
         weights.append(layer.weight.detach().clone())
     assert all(torch.equal(weights[0], weights[i]) for i in (1, 2, 3)) and not torch.equal(weights[3], weights[4])
     record = meter.read(5, 1, 1, 1)
-    assert record["skipped_steps"] == 3 and record["loss"] == pytest.approx(float(losses[0] + losses[4]) / 2)
+    assert record["skipped_steps"] == 3 and record["loss"] == pytest.approx((losses[0] + losses[4]).item() / 2)
 
 
 @pytest.fixture(scope="module")
@@ -1796,15 +1940,17 @@ class PretendedGPU(FakeTensorMode):
             return operation(*args, **(kwargs or {}))
 
 
-class TwoBatches(cmaev.Feed):
-    """A feed of two batches, read on the CPU, and put on the pretended GPU as Feed puts them on a GPU."""
+class TwoSteps(cmaev.Feed):
+    """A feed of the batches of two steps, read on the CPU, put on the pretended GPU as Feed puts them on a GPU."""
+
+    count = 2
 
     def __init__(self, batches, device):
         super().__init__(batches, torch.device("cpu"))
         self.gpu = device
 
     def __next__(self):
-        if len(self.waits) == 2:
+        if len(self.waits) == self.count:
             raise KeyboardInterrupt  # the scripts end with 130
         return {name: x if name == "mask" else x.to(self.gpu) for name, x in super().__next__().items()}
 
@@ -1821,7 +1967,8 @@ def empty_gradients(loss, *_, **__):
 @pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.8 wants a driver for this, 2.11 none")
 @pytest.mark.filterwarnings("ignore:.pin_memory. argument is set")
 @pytest.mark.parametrize("script, more", [
-    (pretrain, "--amp bf16"), (pretrain, "--amp fp16 --clip-grad 1"), (pretrain, "--contrast-weight 0"),
+    (pretrain, "--amp bf16"), (pretrain, "--amp fp16 --micro-batch 4"),
+    (finetune, "--mixup 0 --cutmix 0 --micro-batch 4"), (pretrain, "--amp fp16 --clip-grad 1"), (pretrain, "--contrast-weight 0"),
     (pretrain, "--amp bf16 --encoder convvit_tiny --repeats 2"), (finetune, "--amp bf16 --mixup 0 --cutmix 0"),
     (finetune, "--amp fp16 --encoder convvit_tiny --mixup 0 --cutmix 0")])
 def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, script, more):
@@ -1837,8 +1984,10 @@ def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, scri
         assert run(script, *command) == str(cmaev.SAVED_AND_STOPPED)
     updates, adamw = [], torch.optim.AdamW.step
     monkeypatch.setattr(cmaev, "join_ranks", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(cmaev, "Feed", TwoBatches)
+    monkeypatch.setattr(cmaev, "Feed", TwoSteps)
+    monkeypatch.setattr(TwoSteps, "count", 4 if "micro" in more else 2)
     monkeypatch.setattr(torch.Tensor, "backward", empty_gradients)
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, x: [torch.empty_like(x)])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
@@ -1858,7 +2007,7 @@ def test_gpu_losses_and_gradients_are_the_cpus(encoder, monkeypatch):
         model, (online, target, mask) = tiny_model(encoder)
         losses = model.to(device)(online.to(device), target.to(device), mask)
         losses["loss"].backward()
-        results.append(({name: value.item() for name, value in losses.items()}, gradients(model)))
+        results.append(({name: losses[name].item() for name in pretrain.METRICS}, gradients(model)))
     (expected, expected_grads), (losses, grads) = results
     assert losses == pytest.approx(expected, rel=1e-4)
     assert_close_gradients(grads, expected_grads, rtol=1e-3, atol=1e-5)
@@ -1880,22 +2029,23 @@ def test_gpu_feed_brings_the_same_batches(demo):
 
 
 @on_gpu
-@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16", "fp16 --micro-batch 2"])
 @both_encoders
 def test_gpu_step_never_waits_for_the_device(demo, monkeypatch, encoder, amp):
     device, losses = torch.device("cuda"), []
-    command = pretraining(demo, "run", "--encoder", encoder, "--amp", amp, "--clip-grad", 1)
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *command])
-    _, _, _, train_step = pretrain.build(pretrain.read_settings(), 1, device)
+    more = ["--encoder", encoder, "--batch-size", 4, "--clip-grad", 1, "--amp", *amp.split()]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *pretraining(demo, "run", *more)])
+    _, _, _, train_step = pretrain.build(pretrain.read_settings(), device)
     clips, meter = pretrain_clips(demo), cmaev.Meter(["loss"], device)
-    feed = cmaev.Feed(cmaev.loader(clips, 0, device, batch_sampler=cmaev.batches(len(clips), 4, 8, 0)), device)
+    parts = 2 if "micro" in amp else 1
+    feed = cmaev.Feed(cmaev.loader(clips, 0, device, batch_sampler=cmaev.batches(
+        len(clips), 4, 8, 0, parts=parts)), device)
     try:
         for step in range(8):
             torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")  # memory and kernels are there by then
-            batch = next(feed)
-            step_losses, grad_norm = train_step(batch)
+            step_losses, grad_norm, replaced = train_step(feed)
             losses.append(step_losses["loss"].detach())
-            meter.add(losses[-1:], grad_norm, batch["replaced"])
+            meter.add(losses[-1:], grad_norm, replaced)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.stack(losses).isfinite().all() and meter.read(8, 4, 2, 1)["skipped_steps"] == 0

@@ -53,11 +53,13 @@ def matrix_rate(device, dtype, repeats=10):
 
 
 def synthetic_batch(s, model, count, device):
-    """One batch as the loader gives it: random pixels, `count` videos of one clip."""
+    """One micro-batch as the loader gives it: random pixels, `count` videos of one clip."""
     pixels = lambda: torch.randint(256, (count, 1, s.frames, 3, s.size, s.size), dtype=torch.uint8)
-    batch = dict(online=pixels(), mask=cmaev.tube_mask(count, model.encoder.grid, s.mask_ratio)[:, None])
+    batch = dict(online=pixels(), mask=cmaev.tube_mask(count, model.encoder.grid, s.mask_ratio)[:, None],
+                 replaced=torch.zeros(count, 1, dtype=torch.bool))
     if s.contrast_weight:
-        batch.update(target=pixels(), colors=torch.stack([cmaev.draw_colors() for _ in range(count)])[:, None])
+        batch.update(target=pixels(), colors=torch.stack([cmaev.draw_colors() for _ in range(count)])[:, None],
+                     video=torch.arange(count)[:, None])
     return {name: x.pin_memory() for name, x in batch.items()} if device.type == "cuda" else batch
 
 
@@ -67,17 +69,19 @@ def main():
     world = cmaev.world_size()
     videos = pretrain.read_videos(s) if s.data else []
     model, optimizer, _, train_step = pretrain.build(s, device)
+    parts = cmaev.micro_batches(s, s.repeats)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     flops, dtype = clip_flops(model, s.mask_ratio), cmaev.amp_dtype(s.amp, device)
     peak, workers = matrix_rate(device, dtype), cmaev.worker_count(s.workers, device)
     warm = 5 + 2 * workers  # compilation, memory, and the batches that are read ahead meanwhile
-    feeds = dict(synthetic=cmaev.Feed(repeat(synthetic_batch(s, model, s.batch_size // world, device)), device))
+    batch = synthetic_batch(s, model, s.batch_size // (world * parts), device)
+    feeds = dict(synthetic=cmaev.Feed(repeat(batch), device))
     if videos:
         clips = cmaev.PretrainClips(videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size, s.mask_ratio,
                                     s.repeats, s.seed, two_views=s.contrast_weight > 0)
         load = cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
-            len(videos), s.batch_size // s.repeats, 2 * (warm + STEPS), s.seed))
+            len(videos), s.batch_size // s.repeats, 2 * (warm + STEPS), s.seed, parts=parts))
         feeds["data"] = feeds["reading"] = cmaev.Feed(load, device)
 
     rows = {}
@@ -87,9 +91,11 @@ def main():
             feed.waited()
             began = time.perf_counter()
             for _ in range(steps):
-                batch = next(feed)
-                if name != "reading":
-                    train_step(batch)
+                if name == "reading":
+                    for _ in range(parts):
+                        next(feed)
+                else:
+                    train_step(feed)
             wait_for(device)
             seconds = time.perf_counter() - began
         rate = STEPS * s.batch_size / seconds
