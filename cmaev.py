@@ -655,9 +655,10 @@ def backward_in_parts(model, parallel, parts, views, scaler, autocast):
     """Backward pass of a batch in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
 
     `parts`: the loader's dicts; views(part): the arguments of `parallel`, which is the model or its DDP wrapper.
-    Gradient accumulation would be another method: InfoNCE and the heads' batch norm couple all clips. But they depend
-    on the encoder through the features f alone. Let g be the gradient of lambda_c L_c with respect to f. Then <f, g>
-    has the same gradient in the encoder, and it is a sum over clips. The cost is a second pass over visible tokens.
+    Gradient accumulation would be another method, as InfoNCE and the heads' batch norm couple all clips. But L_c sees
+    the encoder only through the features f of the clips. Let g be the gradient of lambda_c L_c with respect to f. Then
+    <f, g> has the same gradient in the encoder, and it is a sum over clips. The cost: the encoder runs twice on its
+    visible tokens.
     """
     kept, features, replaced = [], [], 0
     for part in parts:  # 1. the features of all micro-batches, without gradient
@@ -679,10 +680,10 @@ def backward_in_parts(model, parallel, parts, views, scaler, autocast):
 
     reconstruction = 0
     for i, part in enumerate(kept):  # 3. each micro-batch again, with gradient
-        last, batch = i == len(kept) - 1, len(part["mask"])
+        last, batch, clips = i == len(kept) - 1, len(part["mask"]), views(part)
         with synchronised(parallel, last):
             with autocast():
-                losses = parallel(*views(part))  # without a target: the reconstruction alone
+                losses = parallel(*clips)  # without a target: the reconstruction alone
                 loss = losses["loss"] / len(kept)
                 reconstruction = reconstruction + loss.detach()
                 if model.contrast_weight and last:  # L_c itself: the heads get their gradient, all parameters take part
@@ -1676,9 +1677,9 @@ def batches(videos, batch, steps, seed, start=0, parts=1):
 
 
 def micro_batches(s, repeats=1):
-    """--batch-size, --micro-batch -> number of micro-batches per step. `repeats`: clips of a video in a batch.
+    """Number of micro-batches per step and rank. Raises CMAEVError if --batch-size does not divide into them.
 
-    Raises CMAEVError if the batch does not divide.
+    `repeats`: how many clips of each video stay together.
     """
     part = s.micro_batch or repeats
     if s.batch_size % (world_size() * part) or part % repeats:

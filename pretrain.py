@@ -136,8 +136,9 @@ def build(s, device):
     def train_step(feed):
         if parts == 1:
             batch = next(feed)
+            clips = views(batch)  # not under autocast
             with autocast():
-                losses = parallel(*views(batch))
+                losses = parallel(*clips)
             scaler.scale(losses["loss"]).backward()
             replaced = batch["replaced"].sum()
         else:

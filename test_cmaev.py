@@ -804,6 +804,7 @@ def test_sample_against_a_plain_decode(demo):
             assert (sample[name][r].float() - expected).abs().max() <= 1  # uint8 rounding
     assert len({tuple(view.tolist()) for views in indices for view in views}) > 10  # clips differ, views are shifted
     assert sample["mask"].shape == (10, 32) and (sample["mask"].sum(dim=1) == 24).all()
+    assert sample["video"].tolist() == 10 * [index]
     assert len({str(draw) for draw in sample["colors"].tolist()}) > 6  # some change nothing
     stills = sample["target"][:, :1].expand(-1, 4, -1, -1, -1)
     colored = cmaev.augment_colors(stills, sample["colors"])
@@ -818,14 +819,21 @@ def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
     clips[0, 0]
     assert torch.equal(torch.get_rng_state(), before)
 
-    def load(workers=0, rank=0, world=1, start=0):
+    def load(workers=0, rank=0, world=1, start=0, parts=1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cmaev, "this_rank", lambda: rank)
             patch.setattr(cmaev, "world_size", lambda: world)
-            return list(DataLoader(clips, batch_sampler=list(cmaev.batches(40, 8, 7, 0, start)), num_workers=workers))
-    whole, halves = load(), zip(load(rank=0, world=2), load(rank=1, world=2), strict=True)
-    joined = [{name: torch.cat([one[name], other[name]]) for name in one} for one, other in halves]
-    for expected, others in ((whole, load(workers=2)), (whole, joined), (whole[3:], load(start=3))):
+            keys = list(cmaev.batches(40, 8, 7, 0, start, parts))
+            return list(DataLoader(clips, batch_sampler=keys, num_workers=workers))
+
+    def join(*batches):
+        return [{name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                for parts in zip(*batches, strict=True)]
+    whole, ranks = load(), join(load(rank=0, world=2), load(rank=1, world=2))
+    one, other = load(rank=0, world=2, parts=2), load(rank=1, world=2, parts=2)
+    ranks_and_parts = join(one[::2], one[1::2], other[::2], other[1::2])
+    for expected, others in ((whole, load(workers=2)), (whole, ranks), (whole, ranks_and_parts),
+                             (whole[3:], load(start=3))):
         for batch, other in zip(expected, others, strict=True):
             assert all(torch.equal(batch[name], other[name]) for name in batch)
     keys = sum(cmaev.batches(40, 8, 10, 0), [])
@@ -1765,9 +1773,9 @@ def test_faults_bad_videos_are_replaced(demo, spoilt, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one) and one["replaced"].all()
     gone = Path(shutil.copy(clips.videos[-1][0], tmp_path / "gone.mp4"))
     clips.videos = [(str(gone), None), *clips.videos[-8:]]
-    assert not clips[0, 0]["replaced"].any()
+    assert not clips[0, 0]["replaced"].any() and clips[0, 0]["video"] == 0
     gone.unlink()
-    assert clips[0, 0]["replaced"].all() and "no such file" in log.open().readlines()[-1]
+    assert clips[0, 0]["replaced"].all() and clips[0, 0]["video"] > 0 and "no such file" in log.open().readlines()[-1]
 
 
 def test_faults_bad_videos_are_named_once_counted_and_limited(demo, spoilt, tmp_path, capfd):
@@ -1788,6 +1796,8 @@ def test_faults_bad_videos_are_named_once_counted_and_limited(demo, spoilt, tmp_
     assert "clips were of bad videos" in end and end.endswith("or give a larger --bad-share")
     assert run(pretrain, *command("few", "--bad-share", 1, "--workers", 0)) is None
     assert_same_weights(tmp_path / "few", tmp_path / "all")
+    assert run(pretrain, *command("parts", "--bad-share", 1, "--workers", 0, "--micro-batch", 4)) is None
+    assert cmaev.read_log(tmp_path / "parts")[-1]["bad_clips"] == count
 
 
 def test_faults_a_bad_video_counts_as_wrong_in_testing(demo, tuned, wrong, tmp_path, capsys):
@@ -1968,7 +1978,8 @@ def empty_gradients(loss, *_, **__):
 @pytest.mark.filterwarnings("ignore:.pin_memory. argument is set")
 @pytest.mark.parametrize("script, more", [
     (pretrain, "--amp bf16"), (pretrain, "--amp fp16 --micro-batch 4"),
-    (finetune, "--mixup 0 --cutmix 0 --micro-batch 4"), (pretrain, "--amp fp16 --clip-grad 1"), (pretrain, "--contrast-weight 0"),
+    (finetune, "--mixup 0 --cutmix 0 --micro-batch 4"), (pretrain, "--amp fp16 --clip-grad 1"),
+    (pretrain, "--contrast-weight 0"),
     (pretrain, "--amp bf16 --encoder convvit_tiny --repeats 2"), (finetune, "--amp bf16 --mixup 0 --cutmix 0"),
     (finetune, "--amp fp16 --encoder convvit_tiny --mixup 0 --cutmix 0")])
 def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, script, more):
