@@ -1681,12 +1681,13 @@ def micro_batches(s, repeats=1):
 
     `repeats`: how many clips of each video stay together.
     """
-    part = s.micro_batch or repeats
-    if s.batch_size % (world_size() * part) or part % repeats:
-        what = f"{s.micro_batch} of --micro-batch" if s.micro_batch else f"{repeats} repeats"
+    of_rank = s.batch_size // world_size()
+    part = min(s.micro_batch, of_rank) or of_rank
+    if s.batch_size % world_size() or of_rank % part or part % repeats:
+        what = f"{part} of --micro-batch" if s.micro_batch else f"{repeats} repeats"
         raise CMAEVError(f"--batch-size {s.batch_size}: give a multiple of {world_size()} ranks x {what}"
                          + f", a multiple of {repeats} repeats" * bool(s.micro_batch and repeats > 1))
-    return s.batch_size // (world_size() * part) if s.micro_batch else 1
+    return of_rank // part
 
 
 class Feed:
