@@ -12,6 +12,7 @@ Read it beside the paper, from top to bottom. The method comes first; file readi
      8  weights                loads this project's, VideoMAE's and Hugging Face's weights; saves an encoder
      9  training               what the scripts share: settings, ranks, AMP, schedule, step, checkpoint, log
     10  demo                   generates a small labelled set of video files
+    11  one clip               python cmaev.py clip.mp4 [run]: each step of the method on a video of your own
 
 Each number is marked with its source: the paper or public code of [VideoMAE], [CMAE], [ConvMAE], [MAE], ...; [choice]:
 ours, where none of them gives a value.
@@ -50,9 +51,10 @@ import torch.nn.functional as F
 from av.sidedata.sidedata import SideDataContainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_image, write_png
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
+from torchvision.utils import make_grid
 
 try:
     import fcntl
@@ -258,6 +260,7 @@ class VisionTransformer(Encoder):
 
     def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16, drop_path=0.0):
         super().__init__(width, frames, size, tubelet, patch)
+        self.heads = heads
         self.patch_embed = CubeEmbed(width, self.cube)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # as a matrix [width, values] [MAE]
         self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in np.linspace(0, drop_path, depth).tolist())
@@ -376,6 +379,7 @@ class ConvViT(Encoder):
 
     def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True, drop_path=0.0):
         super().__init__(widths[2], frames, size, tubelet, patch)
+        self.heads = heads
         if patch % 4:
             raise CMAEVError(f"patch size {patch}: ConvViT needs a multiple of 4")
         self.patch_embed1 = CubeEmbed(widths[0], (tubelet, patch // 4, patch // 4))
@@ -1290,24 +1294,20 @@ def check_readable(videos):
 # 8  Weights
 # =====================================================================================================================
 
-FOREIGN_NAMES = (  # patterns of VideoMAE's and Hugging Face's names, and what takes their place here
-    (r"^(module\.|_orig_mod\.|videomae\.|backbone\.)+", ""),
-    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),  # Hugging Face
-    (r"^encoder\.layer\.", "blocks."),
-    (r"^decoder\.decoder_layers\.", "decoder.blocks."),
-    (r"attention\.attention\.(query|key|value)\.weight", r"attn.\1.weight"),
-    (r"attention\.attention\.([qkv])(uery|ey|alue)\.bias", r"attn.\1_bias"),
-    (r"attention\.attention\.", "attn."),
-    (r"attention\.output\.dense", "attn.proj"),
-    (r"intermediate\.dense", "mlp.fc1"),
-    (r"(blocks\.\d+)\.output\.dense", r"\1.mlp.fc2"),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-    (r"^encoder_to_decoder\.", "decoder.embed."),  # both
-    (r"^mask_token$", "decoder.mask_token"),
-    (r"^encoder\.", ""),  # VideoMAE's pre-training, and this project's checkpoints
+HUGGING_FACE = (  # this project's and Hugging Face's names; "^": at the start
+    ("^patch_embed.proj.", "^embeddings.patch_embeddings.projection."),
+    ("^blocks.", "^encoder.layer."),
+    ("^norm.", "^layernorm."),
+    ("^head.", "^classifier."),
+    ("^decoder.embed.", "^encoder_to_decoder."),
+    ("^decoder.mask_token", "^mask_token"),
+    ("^decoder.blocks.", "^decoder.decoder_layers."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".attn.", ".attention.attention."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
 )
 WRAPPERS = "model", "module", "state_dict", "model_state", "teacher"  # where training scripts put the weights
 
@@ -1321,39 +1321,104 @@ for module in ("pathlib", "pathlib._local"):
         ("Posix", PurePosixPath), ("Windows", PureWindowsPath)) for prefix in ("", "Pure")]
 
 
+def rename(name, pairs):
+    """Replaces each old name inside `name` by the new one; "^" marks the start of the whole name."""
+    name = "^" + name
+    for old, new in pairs:
+        name = name.replace(old, new)
+    return name.removeprefix("^")
+
+
 def convert_keys(state):
     """Renames the weights of VideoMAE's and Hugging Face's state dicts to this project's names.
 
     Encoder weights get no prefix, decoder weights `decoder.`. Neither stores a key bias (transformers 5 may: it is
     dropped, as it does not change the softmax).
     """
-    ours = {}
+    new = {}
     for name, value in state.items():
-        for pattern, replacement in FOREIGN_NAMES:
-            name = re.sub(pattern, replacement, name)
-        ours[name] = value
-    for stem in [name.removesuffix("query.weight") for name in ours if name.endswith("attn.query.weight")]:
-        ours[stem + "qkv.weight"] = torch.cat([ours.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")])
-    for stem in [name.removesuffix("q_bias") for name in ours if name.endswith("attn.q_bias")]:
-        q, v = ours.pop(stem + "q_bias"), ours.pop(stem + "v_bias")
-        ours[stem + "qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
-        ours.pop(stem + "k_bias", None)
-    if "decoder.mask_token" in ours:
-        ours["decoder.mask_token"] = ours["decoder.mask_token"].flatten()
-    return ours
+        name = re.sub(r"^(module\.|_orig_mod\.|videomae\.|backbone\.)+", "", name)
+        name = rename(name, [(theirs, ours) for ours, theirs in HUGGING_FACE]).removeprefix("encoder.")  # VideoMAE's
+        new[re.sub(r"attn\.([qkv])(uery|ey|alue)\.bias", r"attn.\1_bias", name)] = value
+    for stem in [name.removesuffix("query.weight") for name in new if name.endswith("attn.query.weight")]:
+        new[stem + "qkv.weight"] = torch.cat([new.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")])
+    for stem in [name.removesuffix("q_bias") for name in new if name.endswith("attn.q_bias")]:
+        q, v = new.pop(stem + "q_bias"), new.pop(stem + "v_bias")
+        new[stem + "qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+        new.pop(stem + "k_bias", None)
+    if "decoder.mask_token" in new:
+        new["decoder.mask_token"] = new["decoder.mask_token"].flatten()
+    return new
 
 
-def save_encoder(encoder, path):
-    """Writes the encoder: {"model": state dict, "geometry": ...}. ViT weights use VideoMAE's names."""
-    state = {}
-    for name, value in encoder.state_dict().items():
-        if name.endswith("attn.qkv.bias") and isinstance(encoder, VisionTransformer):
+def split_biases(state):
+    """Splits each attn.qkv.bias into VideoMAE's q_bias and v_bias."""
+    split = {}
+    for name, value in state.items():
+        if name.endswith("attn.qkv.bias"):
             q, _, v = value.chunk(3)
-            state |= {name.replace("qkv.bias", "q_bias"): q.clone(), name.replace("qkv.bias", "v_bias"): v.clone()}
+            split |= {name.replace("qkv.bias", "q_bias"): q.clone(), name.replace("qkv.bias", "v_bias"): v.clone()}
         else:
-            state[name] = value
+            split[name] = value
+    return split
+
+
+def save_encoder(encoder, path, layout="videomae", decoder=None):
+    """Writes an encoder in one of two layouts.
+
+    "videomae": a file {"model": state dict, "geometry": ...}; ViT weights use VideoMAE's names. "huggingface": a folder
+    for VideoMAEModel.from_pretrained or, with a pixel decoder, VideoMAEForPreTraining.from_pretrained (ViT only).
+    """
+    if layout == "huggingface":
+        return save_hugging_face(path, encoder, decoder)
+    state = encoder.state_dict()
+    geometry = {"grid": list(encoder.grid), "cube": list(encoder.cube), "heads": encoder.heads}
     with atomic_write(path, "wb") as file:
-        torch.save({"model": state, "geometry": {"grid": list(encoder.grid), "cube": list(encoder.cube)}}, file)
+        torch.save({"model": split_biases(state) if isinstance(encoder, VisionTransformer) else state,
+                    "geometry": geometry}, file)
+
+
+def save_hugging_face(folder, encoder, decoder=None, head=None, names=()):
+    """Writes a ViT in Hugging Face's layout: a folder for from_pretrained of transformers.
+
+    Of VideoMAEModel; with a decoder of VideoMAEForPreTraining; with `head` (the state dict of a classifier's fc_norm
+    and head) and its class names of VideoMAEForVideoClassification. Raises CMAEVError for a ConvViT.
+    """
+    if not isinstance(encoder, VisionTransformer):
+        raise CMAEVError("Hugging Face has no ConvViT: only a ViT can be written in its layout")
+    (frames, height, width), (tubelet, patch, _) = encoder.grid, encoder.cube
+    if height != width:
+        raise CMAEVError(f"Hugging Face's VideoMAE takes square frames, not a token grid of {height}x{width}")
+    kind = "VideoMAEForPreTraining" if decoder else "VideoMAEForVideoClassification" if head else "VideoMAEModel"
+    config = dict(
+        architectures=[kind], model_type="videomae", image_size=height * patch, patch_size=patch,
+        num_frames=frames * tubelet, tubelet_size=tubelet, hidden_size=encoder.width,
+        num_hidden_layers=len(encoder.blocks), num_attention_heads=encoder.heads, intermediate_size=4 * encoder.width,
+        layer_norm_eps=1e-6, qkv_bias=True, qv_bias=True, use_mean_pooling=head is not None, norm_pix_loss=True)
+    parts = encoder.state_dict() | (head or {})
+    if decoder:
+        config |= dict(decoder_hidden_size=decoder.embed.out_features, decoder_num_hidden_layers=len(decoder.blocks),
+                       decoder_num_attention_heads=decoder.blocks[0].attn.heads,
+                       decoder_intermediate_size=4 * decoder.embed.out_features)
+        parts |= {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+        parts["decoder.mask_token"] = parts["decoder.mask_token"].view(1, 1, -1)
+    if head:
+        config |= dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    state = {}
+    for name, value in split_biases(parts).items():
+        prefix = "videomae." * (kind != "VideoMAEModel" and not name.startswith(("decoder.", "head.", "fc_norm.")))
+        split = {"qkv": value} if "qkv" not in name else dict(zip(("query", "key", "value"), value.chunk(3)))
+        state |= {prefix + rename(name.replace("qkv", part), HUGGING_FACE): x.contiguous() for part, x in split.items()}
+    size = height * patch
+    processor = dict(image_processor_type="VideoMAEImageProcessor", do_resize=True, size=dict(shortest_edge=size),
+                     do_center_crop=True, crop_size=dict(height=size, width=size), do_rescale=True,
+                     rescale_factor=1 / 255, do_normalize=True, image_mean=MEAN, image_std=STD, resample=2)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with atomic_write(Path(folder) / "pytorch_model.bin", "wb") as file:
+        torch.save(state, file)
+    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+        with atomic_write(Path(folder) / name) as file:
+            json.dump(content, file, indent=1)
 
 
 def load_tensors(path):
@@ -1365,11 +1430,12 @@ def load_tensors(path):
 
 
 def read_weights(path):
-    """Reads a weight file, a run's folder or a Hugging Face folder -> state dict with this project's names.
+    """Reads a weight file, a run's folder or a Hugging Face folder -> state dict with this project's names, geometry.
 
     Reads torch.save's files and, with the package safetensors, `.safetensors`. Raises CMAEVError for other files.
+    `geometry` is that of this project's files, else empty.
     """
-    state = {}
+    state, geometry = {}, {}
     for file in weight_files(Path(path)):
         try:
             if file.suffix == ".safetensors":
@@ -1377,6 +1443,7 @@ def read_weights(path):
                 part = load_file(file)
             else:
                 part = load_tensors(file)
+            geometry = part.get("geometry", {})
             while inner := next((part[key] for key in WRAPPERS if isinstance(part.get(key), dict)), None):
                 part = inner
         except ImportError:
@@ -1387,14 +1454,14 @@ def read_weights(path):
                 f"it holds a {code[1]}, which could run code: save its state dict alone, where you trust it")
             raise CMAEVError(f"{file} cannot be read as weights ({reason}): a file of tensors?") from None
         state |= {name: value for name, value in part.items() if torch.is_tensor(value)}
-    return convert_keys(state)
+    return convert_keys(state), geometry
 
 
 def weight_files(path):
     """Lists the weight files at `path`: a file, a run's folder, or a Hugging Face folder, sharded or not."""
     if path.is_file():
         return [path]
-    for name in ("encoder.pt", "model.safetensors", "pytorch_model.bin"):
+    for name in ("encoder.pt", "model.safetensors", "pytorch_model.bin", "checkpoint.pt"):
         if (path / name).is_file():
             return [path / name]
         if (index := path / f"{name}.index.json").is_file():
@@ -1405,16 +1472,19 @@ def weight_files(path):
     raise CMAEVError(f"{path}: no such file of weights: give a file, the folder of a run or of a model, or none")
 
 
-def load_encoder(path, encoder, decoder=None):
+def load_encoder(path, encoder=None, decoder=None):
     """Loads an encoder's weights, and a pixel decoder's if one is given and the file has it -> the encoder.
 
     `path`: this project's encoder.pt or checkpoint.pt, VideoMAE's pre-trained or fine-tuned files, Hugging Face's
-    VideoMAE (.bin, .safetensors), or the folder of a run. Position embeddings are computed, not loaded. Prints what
-    matched. Raises CMAEVError with the first weight that is missing or has a different shape. The final norm may be
-    missing: fine-tuned files have `fc_norm` instead.
+    VideoMAE (.bin, .safetensors), or the folder of a run. Without an encoder, one is built: see encoder_of. Position
+    embeddings are computed, not loaded. Prints what matched. Raises CMAEVError with the first weight that is missing or
+    has a different shape. The final norm may be missing: fine-tuned files have `fc_norm` instead.
     """
-    state, own = read_weights(path), encoder.state_dict()
-    wanted = own
+    if decoder is not None and (Path(path) / "checkpoint.pt").is_file():
+        path = Path(path) / "checkpoint.pt"  # a run's encoder.pt has no decoder
+    state, geometry = read_weights(path)
+    encoder = encoder or encoder_of(state, geometry, path)
+    own = wanted = encoder.state_dict()
     if "norm.weight" not in state and "fc_norm.weight" in state:
         wanted = {name: value for name, value in own.items() if not name.startswith("norm.")}
     load_weights(encoder, {name: state[name] for name in wanted if name in state}, path, wanted)
@@ -1425,6 +1495,37 @@ def load_encoder(path, encoder, decoder=None):
     print0(f"{path}: {len(wanted)} of the encoder's {len(own)} weights{missing}, "
            f"{len(state) - len(wanted)} others in the file")
     return encoder
+
+
+def encoder_of(state, geometry, path):
+    """Builds the encoder that a state dict of read_weights is of: its sizes are those of the weights.
+
+    Frames, size and heads are those of `geometry`, or of a run's settings.json or Hugging Face's config.json beside the
+    file, else VideoMAE's: 16 x 224, 64 channels per head, and 16 heads in ViT-H and g.
+    """
+    folder, about = Path(path) if Path(path).is_dir() else Path(path).parent, {}
+    for name in ("config.json", "settings.json"):
+        if (folder / name).is_file():
+            about = json.loads((folder / name).read_text())
+            about = about.get("settings", about)
+    frames, size = (about.get(ours, about.get(theirs, usual)) for ours, theirs, usual in (
+        ("frames", "num_frames", 16), ("size", "image_size", 224)))
+    if geometry:
+        (frames, *size), (tubelet, patch, _) = geometry["grid"], geometry["cube"]
+        frames, size = frames * tubelet, [side * patch for side in size]
+    depth = lambda blocks: len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
+    try:
+        embedding = "patch_embed" if "patch_embed.proj.weight" in state else "patch_embed1"
+        width, _, tubelet, patch, _ = state[f"{embedding}.proj.weight"].shape
+        widths = [width] if embedding == "patch_embed" else [len(state[f"embed_norms.{i}.weight"]) for i in range(3)]
+        heads = geometry.get("heads") or about.get("num_attention_heads") or (
+            {1280: 16, 1408: 16}.get(widths[-1], widths[-1] // 64))
+        if embedding == "patch_embed":
+            return VisionTransformer(width, depth("blocks"), heads, frames, size, tubelet, patch)
+        return ConvViT(widths, [depth(f"blocks{i}") for i in (1, 2, 3)], heads, frames, size, tubelet, 4 * patch,
+                       fusion="fusion1.weight" in state)
+    except (KeyError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise CMAEVError(f"{path} holds no encoder that can be built ({last_line(error)}): give one") from None
 
 
 def load_weights(module, state, path, wanted=None):
@@ -1493,7 +1594,7 @@ def parse_settings(parser, recipes, argv):
     settings = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(settings), parser))  # a mark that only given flags replace
     by_hand = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not parser}
-    of_run = by_hand & {"eval", "predict"}  # their settings are those of the run
+    of_run = by_hand & {"eval", "predict", "export", "features"}  # their settings are those of the run or the weights
     if "data" in by_hand and "recipe" not in by_hand and not of_run:
         fail("--data without --recipe: give --recipe k400 or ssv2 (16 frames of 224x224 pixels, sampled as for "
              "Kinetics-400 or Something-Something V2), or demo (8 frames of 48x48)")
@@ -1915,10 +2016,10 @@ def unlock_runs():
         LOCKS.pop().close()
 
 
-def save_checkpoint(run, step, state):
+def save_checkpoint(run, step, state, name="checkpoint.pt"):
     """Writes run/checkpoint.pt on rank 0. `state`: {name: object with a state dict}."""
     if this_rank() == 0:
-        with atomic_write(f"{run}/checkpoint.pt", "wb") as file:
+        with atomic_write(f"{run}/{name}", "wb") as file:
             torch.save(dict(step=step, **{name: part.state_dict() for name, part in state.items()}), file)
 
 
@@ -1950,9 +2051,23 @@ def read_checkpoint(path):
         raise CMAEVError(f"{path} cannot be read ({type(error).__name__}): restore it or delete it") from None
 
 
-def write_log(run, record, steps, text):
-    """Appends a record to run/log.jsonl and prints it, on rank 0. `text`: the losses' part of the printed line."""
+def summary_writer(run, step):
+    """TensorBoard's writer for a run's folder. Records after `step`, of an earlier start, disappear."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise CMAEVError("--tensorboard needs the package tensorboard: pip install it") from None
+    return SummaryWriter(run, purge_step=step + 1)
+
+
+def write_log(run, record, steps, text, board=None):
+    """Appends a record to run/log.jsonl and prints it, on rank 0. `text`: the losses' part of the printed line.
+
+    `board`: of summary_writer, which gets the record too.
+    """
     if this_rank() == 0:
+        for name, value in record.items() if board else ():
+            board.add_scalar(name, value, record["step"])
         with open(f"{run}/log.jsonl", "a") as file:
             print(json.dumps(record), file=file)
         left = timedelta(seconds=round(record["step_ms"] * (steps - record["step"]) / 1000))
@@ -2047,3 +2162,56 @@ def demo_texture(rng, lengths, bases):
     color *= 0.2 / np.linalg.norm(color, axis=1, keepdims=True)
     phase, base, color = np.float32(phase), np.float32(base), np.float32(color)
     return lambda points: base + np.sin(points @ waves + phase) @ color
+
+
+# =====================================================================================================================
+# 11  One clip
+# =====================================================================================================================
+
+
+def main():
+    """Prints each step of the method on eight clips of a video, and draws the first: python cmaev.py clip.mp4 [run]."""
+    if len(sys.argv) not in (2, 3):
+        raise CMAEVError("give a video and, if there is one, a run: python cmaev.py clip.mp4 runs/pretrain-demo")
+    path, run = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
+    s = argparse.Namespace(encoder="vit_small", contrast_weight=0.14, temperature=0.07, fusion=True, mask_ratio=0.9,
+                           frames=16, size=112, tubelet=2, patch=8, rate=4, max_shift=8)
+    if run:
+        vars(s).update(json.loads(Path(run, "settings.json").read_text())["settings"])
+    torch.manual_seed(0)
+    model = CMAEV(s.encoder, s.contrast_weight or 0.14, s.temperature, fusion=s.fusion, frames=s.frames, size=s.size,
+                  tubelet=s.tubelet, patch=s.patch)
+    if run:
+        load_weights(model, read_checkpoint(Path(run, "checkpoint.pt"))["model"], run)
+
+    length, sampling = len(Video(path)), (s.frames, s.rate, s.max_shift)
+    with seeded(0, 0, 0) as generator:  # PretrainClips draws the same
+        for view, indices in zip(("online", "target"), temporal_shift_indices(length, *sampling, generator)):
+            print(f"{view} view, frames of {length}: {indices.tolist()}")
+    sample = PretrainClips([(path, None)], model.encoder.grid, *sampling, s.size, s.mask_ratio, repeats=8)[0, 0]
+    online, target = normalize(sample["online"]), normalize(augment_colors(sample["target"], sample["colors"]))
+    mask, (visible, masked) = sample["mask"], visible_and_masked(sample["mask"])
+    with torch.no_grad():
+        losses, tokens = model(online, target, mask), model.encoder(online, visible)
+        feature, target_feature = model.features(online, target, mask)
+        query, key = model.predictor(model.projector(feature)), model.target_projector(target_feature)
+        steps = {"online clips": online, "target clips, coloured": target, "mask (1: masked)": mask.float(),
+                 "eq. 1  visible tokens": tokens, "eq. 2  online features": feature,
+                 "eq. 3  target features": target_feature,
+                 "eq. 4  cosine similarities": F.normalize(query) @ F.normalize(key).T,
+                 "eq. 5  L_c of these eight clips": losses["contrast"],
+                 "eq. 6  predicted cubes": model.decoder(tokens, visible, masked),
+                 "eq. 7  L_r": losses["reconstruction"], f"eq. 8  L_r + {model.contrast_weight} L_c": losses["loss"]}
+    print(f"{'':<32}  mean +- standard deviation  [shape]")
+    for name, x in steps.items():
+        spread = f" +- {x.std():.3f}  {list(x.shape)}" if x.ndim else ""
+        print(f"{name:<32}{x.mean():6.3f}{spread}")
+    original, hidden, _, filled = model.reconstruct(online[:1], mask[:1])
+    rows = torch.cat([original, hidden, to_unit_range(target[:1]), filled][:4 if run else 3]).transpose(1, 2)
+    frames = rows[:, ::-(-s.frames // 8)]
+    write_png((make_grid(frames.flatten(0, 1), nrow=frames.shape[1]) * 255).byte(), f"{Path(path).stem}.png")
+    print(f"{Path(path).stem}.png, rows: online frames; masked; target frames" + "; reconstruction" * bool(run))
+
+
+if __name__ == "__main__":
+    run_script(main)

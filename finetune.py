@@ -4,6 +4,8 @@
     python finetune.py --probe linear                                    frozen features; or --probe knn
     python finetune.py --eval --segments 5 --crops 3                     evaluates the run in --out
     python finetune.py --predict clip.mp4                                the five best classes of a video
+    python finetune.py --features out.npz --data list.txt --init encoder.pt
+    python finetune.py --export folder                                   the run in --out for Hugging Face
     torchrun --nproc_per_node=8 finetune.py --recipe k400 --data train.txt --val val.txt --init encoder.pt
 
 The same command run again continues from the last checkpoint. --help lists the settings of a recipe.
@@ -16,11 +18,13 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import cmaev  # before torch: it sets how OpenMP's threads wait
 from pretrain import add_shared_settings
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -37,12 +41,15 @@ RECIPES = {
         encoder="vit_tiny", frames=8, size=48, patch=8, repeats=1, smallest_crop=0.5, flip=False, rand_augment=False,
         erasing=0.0, mixup=0.0, cutmix=0.0, segments=1, crops=1, epochs=20, warmup_epochs=2, batch_size=16, lr=1.6e-2,
         log_every=25, save_every=100),
+    "small": COMMON | dict(out="runs/finetune-small", init="runs/pretrain-small", encoder="vit_small", size=112,
+                           patch=8, epochs=75, batch_size=128, micro_batch=16),
     "k400": COMMON | dict(out="runs/finetune-k400", init="runs/pretrain-k400", epochs=75, batch_size=384),
     "ssv2": COMMON | dict(out="runs/finetune-ssv2", init="runs/pretrain-ssv2", sampling="uniform", flip=False,
                           segments=2, epochs=50, batch_size=512),
 }
-MACHINE = {"compile", "workers", "log_every", "save_every"}
-FREE = MACHINE | {"bad_share", "micro_batch", "eval", "predict", "segments", "crops", "val"}  # may change in a run
+MACHINE = {"compile", "workers", "tensorboard", "log_every", "save_every"}
+FREE = MACHINE | {"micro_batch", "bad_share", "segments", "crops", "val", "val_every", "eval", "predict", "features",
+                  "export", "best"}  # may change in a run
 
 
 # =====================================================================================================================
@@ -67,12 +74,21 @@ def class_folder(video, root):
     return os.path.relpath(video, root).split(os.sep)[0]
 
 
-def class_names(videos, source=""):
+def class_names(videos, source="", file=""):
     """The names of classes 0, 1, ... of the labelled videos of a list or folder `source`.
 
-    A name is the class folder or, in a list, the folder that holds the videos, if each class has its own; else the
-    label. Raises CMAEVError for a class between 0 and the largest that has no video.
+    `file` holds one name per line. Without it, a name is the class folder or, in a list, the folder that holds the
+    videos, if each class has its own; else the label. Raises CMAEVError for a label without a name and, without a file,
+    for a class between 0 and the largest that has no video.
     """
+    if file:
+        if os.path.isdir(source):
+            raise cmaev.CMAEVError("--names is for lists: a folder's classes are its class folders")
+        names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if (largest := max(label for _, label in videos)) >= len(names):
+            raise cmaev.CMAEVError(f"{file} has {len(names)} names, but {source} has label {largest}: give a name per "
+                                   "line, label 0 first")
+        return names
     folders = {}
     for path, label in videos:
         folder = class_folder(path, source) if os.path.isdir(source) else Path(path).parent.name
@@ -231,7 +247,8 @@ def mixing(mixup, cutmix, classes):
 class Classifier(nn.Module):
     """Mean of all tokens, LayerNorm, linear head [VideoMAE]: clip [B, 3, T, H, W] -> logits [B, classes].
 
-    The norm of the mean takes the place of the encoder's own.
+    The norm of the mean takes the place of the encoder's own. `names` and `test_clips`, which `predict` needs, are set
+    by `load`.
     """
 
     def __init__(self, encoder, classes):
@@ -245,6 +262,47 @@ class Classifier(nn.Module):
 
     def forward(self, clip):
         return self.head(self.fc_norm(self.encoder(clip).mean(dim=1)))
+
+    @torch.no_grad()
+    def predict(self, path):
+        """Classifies a video -> [(class name, probability)], the best first. Raises BadVideo if it cannot be read."""
+        clips = self.test_clips([(path, None)])
+        with cmaev.bad_video(path, "cropped and resized"):
+            views = clips.sample(cmaev.Video(path), None, 0, None)["clip"]
+        scores = self(cmaev.normalize(views.to(self.head.weight.device))).softmax(dim=1).mean(dim=0)
+        best = scores.argsort(descending=True).tolist()
+        return [(self.names[i], float(scores[i])) for i in best]
+
+
+def build(s, names):
+    """A run's settings and class names -> Classifier."""
+    torch.manual_seed(s.seed)
+    encoder = cmaev.build_encoder(s.encoder, fusion=False, frames=s.frames, size=s.size, tubelet=s.tubelet,
+                                  patch=s.patch, drop_path=s.drop_path)  # without fusion, as ConvMAE
+    model = Classifier(encoder, len(names))
+    model.names, model.test_clips = names, lambda videos: LabelledClips(
+        videos, s.frames, s.rate, s.size, s.sampling, segments=s.segments, crops=s.crops)
+    return model
+
+
+def read_record(run, best=False):
+    """A run's settings.json and the path of its weights. Raises CMAEVError if it has none."""
+    weights = Path(run) / ("best.pt" if best else "checkpoint.pt")
+    record = json.loads((Path(run) / "settings.json").read_text()) if weights.exists() else {}
+    if "names" not in record:
+        raise cmaev.CMAEVError(f"{run} holds no {weights.name} of finetune.py: fine-tune, or give another folder")
+    return record, weights
+
+
+def load(run, best=False, settings=None):
+    """Loads the Classifier of a run of this script, on the CPU, in eval mode.
+
+    `best`: from best.pt, not checkpoint.pt. `settings`: in place of the run's, for example another number of views.
+    """
+    record, weights = read_record(run, best)
+    model = build(settings or argparse.Namespace(**record["settings"]), record["names"])
+    cmaev.load_weights(model, cmaev.read_checkpoint(weights)["model"], weights)
+    return model.eval()
 
 
 def layer_groups(model, weight_decay, layer_decay):
@@ -308,7 +366,7 @@ def score_videos(function, clips, batch, workers, device):
 
 
 def report(scores, videos, names, folder):
-    """Scores [M, classes] of labelled videos -> top-1 and top-5 in per cent; writes the folder's report.
+    """Scores [M, classes] of labelled videos -> top-1 and top-5 in per cent; writes the report to a folder, if given.
 
     A row of NaN, a video that cannot be read, counts as wrong. predictions.csv holds path, label and the five best
     classes with their probabilities; per-class.json holds each class's accuracy in per cent.
@@ -316,6 +374,9 @@ def report(scores, videos, names, folder):
     labels, read = torch.tensor([label for _, label in videos]), ~scores.isnan().any(dim=1)
     best = scores.topk(min(5, scores.shape[1]), dim=1)
     hits = (best.indices == labels[:, None]) & read[:, None]
+    top1, top5 = 100 * float(hits[:, 0].float().mean()), 100 * float(hits.any(dim=1).float().mean())
+    if folder is None:
+        return top1, top5
     Path(folder).mkdir(exist_ok=True)
     with cmaev.atomic_write(f"{folder}/predictions.csv") as file:
         rows = csv.writer(file)
@@ -326,7 +387,7 @@ def report(scores, videos, names, folder):
     with cmaev.atomic_write(f"{folder}/per-class.json") as file:
         json.dump({names[i]: round(100 * float(hits[labels == i, 0].float().mean()), 2)
                    for i in labels.unique().tolist()}, file, indent=1)
-    return 100 * float(hits[:, 0].float().mean()), 100 * float(hits.any(dim=1).float().mean())
+    return top1, top5
 
 
 # =====================================================================================================================
@@ -342,8 +403,12 @@ def read_settings():
     add("--probe", choices=["linear", "knn"], default="", help="instead of fine-tuning: frozen features")
     add("--eval", action=flag, default=False, help="only evaluate the run in --out; writes to out/eval")
     add("--predict", nargs="*", metavar="FILE", help="only print the best classes; after -- if a name begins with -")
-
+    add("--features", metavar="FILE", default="", help="only write the mean-pooled features of --data, an .npz file")
+    add("--export", metavar="FOLDER", default="", help="only write the run in --out in Hugging Face's layout")
+    add("--best", action=flag, default=False, help="--eval, --predict, --export: best.pt instead of checkpoint.pt")
     add("--init", help="weights: a run of pretrain.py, a file of this project, VideoMAE or Hugging Face, or none")
+    add("--names", metavar="FILE", default="", help="names of the classes of a list, one per line, label 0 first")
+    add("--val-every", type=cmaev.WHOLE, default=5, help="epochs between evaluations of one view, for best.pt; 0: none")
 
     add = parser.add_argument_group("clips").add_argument
     add("--sampling", choices=["dense", "uniform"], default="dense", help="every rate-th frame, or one per segment")
@@ -372,11 +437,8 @@ def read_settings():
         s.predict += files
         if not s.predict:
             raise cmaev.CMAEVError("--predict: name one or more videos; behind -- where a name begins with -")
-    if s.eval or s.predict:
-        file = Path(s.out) / "settings.json"
-        record = json.loads(file.read_text()) if file.with_name("checkpoint.pt").exists() else {}
-        if "names" not in record:
-            raise cmaev.CMAEVError(f"{s.out} holds no checkpoint of finetune.py: fine-tune, or give another --out")
+    if s.eval or s.predict or s.export:
+        record, _ = read_record(s.out, s.best)
         for name in record["settings"].keys() - by_hand - MACHINE - {"out"}:
             setattr(s, name, record["settings"][name])
         return s, record
@@ -392,7 +454,7 @@ def read_classes(s):
             raise cmaev.CMAEVError(f"{s.data} has one video per class: give --val, videos to test on")
         cmaev.print0(f"no --val: {len(held_out)} of the {len(videos) + len(held_out)} videos of {s.data}, a tenth of "
                      f"each class drawn by --seed {s.seed}, are held out to test on")
-    names, class_folders = class_names(videos + (held_out or []), s.data), os.path.isdir(s.data)
+    names, class_folders = class_names(videos + (held_out or []), s.data, s.names), os.path.isdir(s.data)
     tests = held_out or read_test_videos(s.val, names, class_folders)
     videos = cmaev.subset(videos, s.subset, s.seed)
     cmaev.check_readable(videos)
@@ -405,48 +467,49 @@ def main():
     device = cmaev.join_ranks()
     world, run, dtype = cmaev.world_size(), Path(s.out), cmaev.amp_dtype(s.amp, device)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
-    geometry = dict(frames=s.frames, size=s.size, tubelet=s.tubelet, patch=s.patch)
-    test_clips = lambda videos: LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, segments=s.segments,
-                                              crops=s.crops)
 
-    def score(function, videos):
+    def score(function, clips):
         with autocast():
-            batch = max(1, (s.micro_batch or s.batch_size // world) // (s.segments * s.crops))
-            return score_videos(function, test_clips(videos), batch, s.workers, device)
+            batch = max(1, (s.micro_batch or s.batch_size // world) // (clips.segments * clips.crops))
+            return score_videos(function, clips, batch, s.workers, device)
 
-    def evaluate(model, tests, names, folder):
+    def evaluate(model, clips, folder=None):
+        """Top-1 and top-5 on test clips; with a folder the report is written and printed."""
         model.eval()
-        scores = score(lambda clips: model(clips).float().softmax(dim=1), tests)
-        if cmaev.this_rank() == 0:
-            top1, top5 = report(scores, tests, names, folder)
-            print(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(tests)} videos, {s.segments} x {s.crops} views, "
-                  f"{len(names)} classes (chance {100 / len(names):.2f} %); {folder} holds predictions.csv")
+        scores = score(lambda clips: model(clips).float().softmax(dim=1), clips)
+        top1, top5 = report(scores, clips.videos, model.names, folder if cmaev.this_rank() == 0 else None)
+        if folder:
+            cmaev.print0(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(clips)} videos, {s.segments} x {s.crops} "
+                         f"views, {len(model.names)} classes (chance {100 / len(model.names):.2f} %); {folder} holds "
+                         "predictions.csv")
+        return top1, top5
 
-    def build(names):
-        torch.manual_seed(s.seed)
-        encoder = cmaev.build_encoder(s.encoder, fusion=False, **geometry, drop_path=s.drop_path)  # as ConvMAE
-        return Classifier(encoder, len(names)).to(device)
-
-    if s.eval or s.predict:
-        names, model = record["names"], build(record["names"])
-        cmaev.load_weights(model, cmaev.read_checkpoint(run / "checkpoint.pt")["model"], run / "checkpoint.pt")
-        if s.eval:
-            tests = read_test_videos(s.val, names, record["class_folders"]) if s.val else record["held_out"]
-            return evaluate(model, tests, names, run / "eval")
-        return predict(model.eval(), s.predict, names, score)
+    if record:
+        model = load(run, s.best, s).to(device)
+        if s.export:
+            head = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+            cmaev.save_hugging_face(s.export, model.encoder, head=head, names=model.names)
+            return cmaev.print0(f"{s.export}: for VideoMAEForVideoClassification.from_pretrained of transformers")
+        if s.predict:
+            return predict(model, s.predict)
+        tests = read_test_videos(s.val, model.names, record["class_folders"]) if s.val else record["held_out"]
+        return evaluate(model, model.test_clips(tests), run / "eval")
+    if s.features:
+        return write_features(s, score, device)
 
     videos, tests, names, about = read_classes(s)
     if s.probe:
-        return probe(s, geometry, videos, tests, names, score, device)
+        return probe(s, videos, tests, names, score, device)
     parts = cmaev.micro_batches(s)
     if len(videos) < s.batch_size:
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give no more than the {len(videos)} videos of {s.data}")
     if s.batch_size // (world * parts) < 2 and (s.mixup or s.cutmix):
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}, --micro-batch {s.micro_batch}: --mixup and --cutmix need "
                                "two or more videos per rank at a time")
-    model = build(names)
+    model = build(s, names)
     if s.init != "none":
         cmaev.load_encoder(s.init, model.encoder)
+    model.to(device)
     groups = layer_groups(model, s.weight_decay, s.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True)
     scaler = cmaev.grad_scaler(dtype, device)
@@ -471,6 +534,8 @@ def main():
     parallel = DistributedDataParallel(model) if world > 1 else model
     if s.compile:
         parallel = torch.compile(parallel)
+    one_view = LabelledClips(tests, s.frames, s.rate, s.size, s.sampling)
+    board = cmaev.summary_writer(run, start) if s.tensorboard and cmaev.this_rank() == 0 else None
     received = cmaev.notice_signals()
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
         len(videos), s.batch_size, steps, s.seed, start, parts)), device)
@@ -493,10 +558,19 @@ def main():
 
         done, last = step + 1, step + 1 == steps
         if done == 1 or done % s.log_every == 0 or last:
-            save, stop = last or done // s.save_every > meter.step // s.save_every, received()
+            due = lambda every: every and done // every > meter.step // every or last
+            save, validate, stop = due(s.save_every), s.val_every and due(s.val_every * per_epoch), received()
             record = meter.read(done, per_step, per_epoch, s.bad_share)
             record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
-            cmaev.write_log(run, record, steps, f"loss {record['loss']:.4f}")
+            text = f"loss {record['loss']:.4f}"
+            if validate:
+                record["val_top1"], record["val_top5"] = evaluate(model, one_view)
+                text += f"  top-1 {record['val_top1']:.2f} %"
+                if record["val_top1"] > max((line.get("val_top1", -1) for line in cmaev.read_log(run)), default=-1):
+                    cmaev.save_checkpoint(run, done, dict(model=model), "best.pt")
+                model.train()
+                meter.began = time.perf_counter()
+            cmaev.write_log(run, record, steps, text, board)
             if save or stop:
                 cmaev.save_checkpoint(run, done, state)
             if stop and not last:
@@ -504,29 +578,30 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cmaev.print0(f"{record['bad_clips']} of {steps * per_step} clips were of bad videos")
-    evaluate(model, tests, names, run)
+    evaluate(model, model.test_clips(tests), run)
 
 
-def predict(model, files, names, score):
+def predict(model, files):
     """Prints the five best classes of each file. Raises CMAEVError if one cannot be read."""
-    scores = score(lambda clips: model(clips).float().softmax(dim=1), [(file, None) for file in files])
-    for file, probabilities in zip(files, scores):
-        if not probabilities.isnan().any():
-            best = probabilities.topk(min(5, len(names)))
-            cmaev.print0(f"{file}: " + ", ".join(f"{names[i]} {p:.1%}" for p, i in zip(best.values, best.indices)))
-    if scores.isnan().any():
-        raise cmaev.CMAEVError("not all of these files could be read")
+    unreadable = 0
+    for file in files:
+        try:
+            cmaev.print0(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in model.predict(file)[:5]))
+        except cmaev.BadVideo as error:
+            unreadable += 1
+            cmaev.print0(f"bad video: {cmaev.last_line(error)}")
+    if unreadable:
+        raise cmaev.CMAEVError(f"{unreadable} of {len(files)} files could not be read")
 
 
-def probe(s, geometry, videos, tests, names, score, device):
+def probe(s, videos, tests, names, score, device):
     """Prints the top-1 accuracy of a linear or k-NN probe on frozen, mean-pooled features."""
     torch.manual_seed(s.seed)
-    encoder = cmaev.build_encoder(s.encoder, fusion=s.fusion, **geometry)
+    encoder = cmaev.build_encoder(s.encoder, fusion=s.fusion, frames=s.frames, size=s.size, tubelet=s.tubelet,
+                                  patch=s.patch)
     if s.init != "none":
         cmaev.load_encoder(s.init, encoder)
-    encoder.to(device).eval()
-    pooled = lambda clips: encoder(clips).mean(dim=1)
-    known, unknown = score(pooled, videos), score(pooled, tests)
+    known, unknown = (pooled_features(s, encoder, listed, score, device) for listed in (videos, tests))
     labels, read = torch.tensor([label for _, label in videos]), ~known.isnan().any(dim=1)
     scores = dict(linear=linear_probe, knn=nearest_neighbours)[s.probe](
         known[read], labels[read], unknown.nan_to_num(), len(names))
@@ -534,6 +609,29 @@ def probe(s, geometry, videos, tests, names, score, device):
     top1 = 100 * float((right & ~unknown.isnan().any(dim=1)).float().mean())
     cmaev.print0(f"{s.probe} probe of {s.init}: top-1 {top1:.2f} % of {len(tests)} videos, {len(videos)} labels "
                  f"(chance {100 / len(names):.2f} %)")
+
+
+def pooled_features(s, encoder, videos, score, device):
+    """Mean of an encoder's tokens over all test views of each video -> float32 [M, D]; NaN where it cannot be read."""
+    encoder.to(device).eval()
+    (frames, side, _), (tubelet, patch, _) = encoder.grid, encoder.cube
+    clips = LabelledClips(videos, frames * tubelet, s.rate, side * patch, s.sampling, segments=s.segments,
+                          crops=s.crops)
+    return score(lambda clips: encoder(clips).mean(dim=1), clips)
+
+
+def write_features(s, score, device):
+    """Writes --features: the features of the videos of --data, their paths, and their labels (-1: none)."""
+    if s.init == "none":
+        raise cmaev.CMAEVError("--features: give --init, the weights of an encoder")
+    videos = cmaev.read_list(s.data)
+    features = pooled_features(s, cmaev.load_encoder(s.init), videos, score, device)
+    if cmaev.this_rank() == 0:
+        with cmaev.atomic_write(s.features, "wb") as file:
+            np.savez(file, features=features.numpy(), paths=np.array([path for path, _ in videos]),
+                     labels=np.array([-1 if label is None else label for _, label in videos]))
+    unreadable = int(features.isnan().any(dim=1).sum())
+    cmaev.print0(f"{s.features}: features {list(features.shape)}, paths, labels; {unreadable} videos could not be read")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ The same command run again continues from the last checkpoint. --help lists the 
 """
 
 import argparse
+import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import cmaev  # before torch: it sets how OpenMP's threads wait
@@ -28,11 +30,13 @@ RECIPES = {
     "demo": dict(data=DEMO, out="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=48, patch=8, max_shift=4,
                  momentum=0.99, epochs=50, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50, save_every=250,
                  picture_every=250),
+    "small": dict(out="runs/pretrain-small", encoder="vit_small", size=112, patch=8, epochs=200, warmup_epochs=20,
+                  batch_size=256, micro_batch=64),
     "k400": dict(out="runs/pretrain-k400"),
     "ssv2": dict(out="runs/pretrain-ssv2", rate=2, max_shift=4),
 }
-FREE = {  # may change in a run
-    "compile", "workers", "micro_batch", "log_every", "save_every", "picture_every", "val", "bad_share"}
+FREE = {"compile", "workers", "micro_batch", "tensorboard", "log_every", "save_every", "picture_every", "val",
+        "bad_share"}  # may change in a run
 
 
 def add_shared_settings(parser):
@@ -71,6 +75,7 @@ def add_shared_settings(parser):
     add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto", help="auto: what the device is fast at")
     add("--compile", action=flag, default=False, help="torch.compile")
     add("--workers", type=cmaev.WHOLE, help="decoding processes per rank; on a GPU one per core, at most 16, else 2")
+    add("--tensorboard", action=flag, default=False, help="also writes the log for TensorBoard")
     add("--log-every", type=cmaev.COUNT, default=20, help="steps per log line")
     add("--save-every", type=cmaev.COUNT, default=1000, help="steps per checkpoint, saved at the next log line")
 
@@ -78,6 +83,7 @@ def add_shared_settings(parser):
 def read_settings():
     parser = cmaev.argument_parser(__doc__)
     add = parser.add_argument_group("method").add_argument
+    add("--init", default="none", help="weights to start from: a run, a file of this project, VideoMAE or Hugging Face")
     add("--repeats", type=cmaev.COUNT, default=1, help="clips per opened video; an epoch has so many times the steps")
     add("--rate", type=cmaev.COUNT, default=4, help="sampling rate r: every r-th frame")
     add("--max-shift", type=cmaev.WHOLE, default=8, help="p: the target view starts 0 to p frames later")
@@ -116,7 +122,11 @@ def build(s, device):
     """Settings -> model, optimizer, scaler, and train_step(feed) -> losses, gradient norm, number of replaced clips."""
     torch.manual_seed(s.seed)
     model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature, fusion=s.fusion, frames=s.frames, size=s.size,
-                        tubelet=s.tubelet, patch=s.patch).to(device)
+                        tubelet=s.tubelet, patch=s.patch)
+    if s.init != "none":
+        cmaev.load_encoder(s.init, model.encoder, model.decoder)
+        model.update_target(0.0)  # a copy
+    model.to(device)
     optimizer = torch.optim.AdamW(cmaev.decay_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), fused=True)
     dtype = cmaev.amp_dtype(s.amp, device)
     scaler = cmaev.grad_scaler(dtype, device)
@@ -173,7 +183,12 @@ def main():
     cmaev.print0(f"{s.encoder}, {parameters:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} "
                  f"clips; {cmaev.world_size()} x {device.type}, {cmaev.amp_dtype(s.amp, device) or torch.float32}"
                  + (f"; continuing from step {start}" if start else ""))
+    tubes = math.prod(model.encoder.grid[1:])
+    if (visible := tubes - int(s.mask_ratio * tubes)) < 10:
+        cmaev.print0(f"warning: only {visible} of {tubes} tubes are visible (in the paper 20 of 196), a harder task: "
+                     "give a smaller --patch, a larger --size or a lower --mask-ratio")
 
+    board = cmaev.summary_writer(run, start) if s.tensorboard and cmaev.this_rank() == 0 else None
     received = cmaev.notice_signals()
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
         len(videos), per_step, steps, s.seed, start, cmaev.micro_batches(s, s.repeats))), device)
@@ -191,9 +206,13 @@ def main():
             if save and s.val:
                 record["held_out_reconstruction"] = held_out_reconstruction(model, held_out, s, device)
             cmaev.write_log(run, record, steps, f"loss {record['loss']:.4f} = {record['reconstruction']:.4f} + "
-                            f"{s.contrast_weight} x {record['contrast']:.4f}  accuracy {record['accuracy']:.0%}")
+                            f"{s.contrast_weight} x {record['contrast']:.4f}  accuracy {record['accuracy']:.0%}", board)
             if show and s.picture_every and cmaev.this_rank() == 0:
-                write_png(picture(model, clips, device), str(run / f"reconstruction-{done:06d}.png"))
+                drawn = picture(model, clips, device)
+                write_png(drawn, str(run / f"reconstruction-{done:06d}.png"))
+                if board:
+                    board.add_image("reconstruction", drawn, done)
+            meter.began = time.perf_counter()
             if save or stop:
                 if cmaev.this_rank() == 0:
                     cmaev.save_encoder(model.encoder, run / "encoder.pt")

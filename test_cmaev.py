@@ -1278,7 +1278,7 @@ def test_decoder_of_a_videomae_file_gives_its_loss(tmp_path):
         "--init other.pt": "other.pt is of another model: it has no patch_embed.proj.weight",
         "--val text.txt --probe knn --workers 1": "text.mp4: cannot be opened", "--layer-decay 0": "a number in (0, 1]",
         "--data one.txt --probe linear": "two or more training videos", "--recipe k400 --data=": "--data is not given",
-        "--predict": "name one or more videos", "--predict good.mp4 --out nothing": "nothing holds no checkpoint of",
+        "--predict": "name one or more videos", "--predict good.mp4 --out nothing": "nothing holds no checkpoint.pt",
         "--batch-size 1 --mixup 1": "two or more videos per", "--micro-batch 3": "1 ranks x 3 of --micro-batch",
         "--sampling often": "invalid choice"}.items())])
 def test_wrong_input_ends_in_one_line(wrong, monkeypatch, script, arguments, words):
