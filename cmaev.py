@@ -11,8 +11,7 @@ Read it beside the paper, from top to bottom. The method comes first; file readi
      7  video files            frame-accurate reading of video files and frame folders; list files
      8  weights                loads this project's, VideoMAE's and Hugging Face's weights; saves an encoder
      9  training               what the scripts share: settings, ranks, AMP, schedule, step, checkpoint, log
-    10  demo                   generates a small labelled set of video files
-    11  one clip               python cmaev.py clip.mp4 [run]: each step of the method on a video of your own
+    10  demo; one clip         generates labelled videos; python cmaev.py clip.mp4 [run]: each step on your own video
 
 Each number is marked with its source: the paper or public code of [VideoMAE], [CMAE], [ConvMAE], [MAE], ...; [choice]:
 ours, where none of them gives a value.
@@ -260,7 +259,6 @@ class VisionTransformer(Encoder):
 
     def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16, drop_path=0.0):
         super().__init__(width, frames, size, tubelet, patch)
-        self.heads = heads
         self.patch_embed = CubeEmbed(width, self.cube)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # as a matrix [width, values] [MAE]
         self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in np.linspace(0, drop_path, depth).tolist())
@@ -379,7 +377,6 @@ class ConvViT(Encoder):
 
     def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True, drop_path=0.0):
         super().__init__(widths[2], frames, size, tubelet, patch)
-        self.heads = heads
         if patch % 4:
             raise CMAEVError(f"patch size {patch}: ConvViT needs a multiple of 4")
         self.patch_embed1 = CubeEmbed(widths[0], (tubelet, patch // 4, patch // 4))
@@ -584,7 +581,7 @@ class CMAEV(nn.Module):
     online, target: normalised clips [B, 3, T, H, W]; mask: bool [B, N], on the CPU; video: see info_nce. pretrain.py
     applies augment_colors to the target, normalize to both, and calls update_target after each optimiser step.
     `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): no target branch is built. Without a target, the
-    loss is the reconstruction alone. The result also holds the online feature [B, D]. `geometry`: see build_encoder.
+    loss is the reconstruction. The result also holds the online feature [B, D]. `geometry`: see build_encoder.
     """
 
     def __init__(self, encoder="vit_base", contrast_weight=0.14, temperature=0.07, **geometry):
@@ -1372,7 +1369,7 @@ def save_encoder(encoder, path, layout="videomae", decoder=None):
     if layout == "huggingface":
         return save_hugging_face(path, encoder, decoder)
     state = encoder.state_dict()
-    geometry = {"grid": list(encoder.grid), "cube": list(encoder.cube), "heads": encoder.heads}
+    geometry = {"grid": list(encoder.grid), "cube": list(encoder.cube), "heads": encoder.layers()[-1].attn.heads}
     with atomic_write(path, "wb") as file:
         torch.save({"model": split_biases(state) if isinstance(encoder, VisionTransformer) else state,
                     "geometry": geometry}, file)
@@ -1393,8 +1390,9 @@ def save_hugging_face(folder, encoder, decoder=None, head=None, names=()):
     config = dict(
         architectures=[kind], model_type="videomae", image_size=height * patch, patch_size=patch,
         num_frames=frames * tubelet, tubelet_size=tubelet, hidden_size=encoder.width,
-        num_hidden_layers=len(encoder.blocks), num_attention_heads=encoder.heads, intermediate_size=4 * encoder.width,
-        layer_norm_eps=1e-6, qkv_bias=True, qv_bias=True, use_mean_pooling=head is not None, norm_pix_loss=True)
+        num_hidden_layers=len(encoder.blocks), num_attention_heads=encoder.blocks[0].attn.heads,
+        intermediate_size=4 * encoder.width, layer_norm_eps=1e-6, qkv_bias=True, qv_bias=True,
+        use_mean_pooling=head is not None, norm_pix_loss=True)
     parts = encoder.state_dict() | (head or {})
     if decoder:
         config |= dict(decoder_hidden_size=decoder.embed.out_features, decoder_num_hidden_layers=len(decoder.blocks),
@@ -2082,7 +2080,7 @@ def read_log(run):
 
 
 # =====================================================================================================================
-# 10  Demo
+# 10  Demo; one clip
 # =====================================================================================================================
 
 DEMO_CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "growing", "shrinking",
@@ -2164,11 +2162,6 @@ def demo_texture(rng, lengths, bases):
     return lambda points: base + np.sin(points @ waves + phase) @ color
 
 
-# =====================================================================================================================
-# 11  One clip
-# =====================================================================================================================
-
-
 def main():
     """Prints each step of the method on eight clips of a video, and draws the first: python cmaev.py clip.mp4 [run]."""
     if len(sys.argv) not in (2, 3):
@@ -2176,6 +2169,8 @@ def main():
     path, run = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
     s = argparse.Namespace(encoder="vit_small", contrast_weight=0.14, temperature=0.07, fusion=True, mask_ratio=0.9,
                            frames=16, size=112, tubelet=2, patch=8, rate=4, max_shift=8)
+    if run and not Path(run, "settings.json").exists():
+        raise CMAEVError(f"{run} is no run of pretrain.py: it has no settings.json")
     if run:
         vars(s).update(json.loads(Path(run, "settings.json").read_text())["settings"])
     torch.manual_seed(0)

@@ -263,6 +263,10 @@ class Classifier(nn.Module):
     def forward(self, clip):
         return self.head(self.fc_norm(self.encoder(clip).mean(dim=1)))
 
+    def head_state(self):
+        """The state dict without the encoder."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+
     @torch.no_grad()
     def predict(self, path):
         """Classifies a video -> [(class name, probability)], the best first. Raises BadVideo if it cannot be read."""
@@ -487,8 +491,7 @@ def main():
     if record:
         model = load(run, s.best, s).to(device)
         if s.export:
-            head = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
-            cmaev.save_hugging_face(s.export, model.encoder, head=head, names=model.names)
+            cmaev.save_hugging_face(s.export, model.encoder, head=model.head_state(), names=model.names)
             return cmaev.print0(f"{s.export}: for VideoMAEForVideoClassification.from_pretrained of transformers")
         if s.predict:
             return predict(model, s.predict)

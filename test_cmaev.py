@@ -233,8 +233,8 @@ def pretraining(demo, out, *more):
 def finetuning(demo, out, *more):
     """The arguments of a run of finetune.py: 9 steps on 30 of 40 videos, the others being held out."""
     usual = """--recipe demo --frames 4 --size 32 --patch 8 --batch-size 8 --epochs 3 --amp none --warmup-epochs 1
-        --log-every 2 --save-every 3 --mixup 0.8 --cutmix 1 --rand-augment --erasing 0.25 --repeats 2 --segments 2
-        --crops 2 --workers 0"""
+        --log-every 2 --save-every 3 --val-every 1 --mixup 0.8 --cutmix 1 --rand-augment --erasing 0.25 --repeats 2
+        --segments 2 --crops 2 --workers 0"""
     return [*usual.split(), "--data", f"{demo}/train.txt", "--out", str(out), *map(str, more)]
 
 
@@ -295,8 +295,8 @@ def log_of(run):
     return [{name: value for name, value in line.items() if name not in measured} for line in cmaev.read_log(run)]
 
 
-def assert_same_weights(run, expected):
-    weights, expected = checkpoint_of(run)["model"], checkpoint_of(expected)["model"]
+def assert_same_weights(run, expected, name="checkpoint.pt"):
+    weights, expected = (torch.load(folder / name, weights_only=True)["model"] for folder in (run, expected))
     assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
@@ -1248,6 +1248,89 @@ def test_decoder_of_a_videomae_file_gives_its_loss(tmp_path):
     assert other(online, None, mask)["loss"] == model(online, None, mask)["loss"]
 
 
+@pytest.mark.parametrize("name", ["vit", "convvit"])
+def test_an_encoder_is_built_from_its_file(tmp_path, name):
+    """Ours from the stored geometry; foreign ones from the shapes and the settings beside them."""
+    encoder, clip = small_encoder(name), torch.randn(1, 3, 4, 32, 48)
+    cmaev.save_encoder(encoder, tmp_path / "encoder.pt")
+    for path in (tmp_path, tmp_path / "encoder.pt"):
+        torch.testing.assert_close(cmaev.load_encoder(path)(clip), encoder(clip))
+    large = cmaev.build_encoder(dict(vit="vit_tiny", convvit="convvit_tiny")[name], frames=4, size=32, patch=8)
+    torch.save({"model": {f"encoder.{key}": value for key, value in large.state_dict().items()}}, tmp_path / "x.pth")
+    for file, text, geometry in (("none", "", (8, 28, 28)),
+                                 ("config.json", '{"num_frames": 4, "image_size": 64}', (2, 8, 8)),
+                                 ("settings.json", '{"settings": {"frames": 2, "size": 32}}', (1, 4, 4))):
+        (tmp_path / file).write_text(text)
+        built = cmaev.load_encoder(tmp_path / "x.pth")
+        assert built.grid == geometry and built.cube == (2, 8, 8)
+        assert [x.shape for x in built.state_dict().values()] == [x.shape for x in large.state_dict().values()]
+        assert built.layers()[-1].attn.heads == 3
+    torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "x.pth")
+    with pytest.raises(cmaev.CMAEVError, match="x.pth holds no encoder"):
+        cmaev.load_encoder(tmp_path / "x.pth")
+
+
+def classifier(encoder="vit_test", classes=3):
+    """A Classifier whose weights are all random, with names and one test view per video."""
+    torch.manual_seed(0)
+    model = finetune.build(argparse.Namespace(
+        encoder=encoder, frames=4, size=32, tubelet=2, patch=8, drop_path=0.0, seed=0, rate=1, sampling="dense",
+        segments=1, crops=1), [f"class {i}" for i in range(classes)])
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+def test_hugging_faces_layout_is_read_back(tmp_path):
+    model, tuned = tiny_model(contrast_weight=0)[0], classifier()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    cmaev.save_encoder(model.encoder, tmp_path / "base", layout="huggingface", decoder=model.decoder)
+    encoder = cmaev.load_encoder(tmp_path / "base")
+    decoder = cmaev.PixelDecoder(encoder)
+    cmaev.load_encoder(tmp_path / "base", encoder, decoder)
+    cmaev.save_hugging_face(tmp_path / "tuned", tuned.encoder, head=tuned.head_state(), names=tuned.names)
+    state, _ = cmaev.read_weights(tmp_path / "tuned")
+    expected = {name.removeprefix("encoder."): value for name, value in tuned.state_dict().items()}
+    for read, written in ((encoder.state_dict(), model.encoder.state_dict()), (state, expected),
+                          (decoder.state_dict(), model.decoder.state_dict())):
+        assert read.keys() == written.keys()
+        for name, value in written.items():  # a key bias is not written: it does not change the softmax
+            kept = [0, 2] if name.endswith("qkv.bias") else slice(None)
+            value, other = (x.view(3, -1) if name.endswith("qkv.bias") else x for x in (value, read[name]))
+            assert torch.equal(value[kept] if value.ndim else value, other[kept] if value.ndim else other), name
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert config["id2label"] == {"0": "class 0", "1": "class 1", "2": "class 2"} and config["image_size"] == 32
+    with pytest.raises(cmaev.CMAEVError, match="has no ConvViT"):
+        cmaev.save_encoder(small_encoder("convvit"), tmp_path / "convvit", layout="huggingface")
+
+
+def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
+    """And what it writes is read again."""
+    transformers = pytest.importorskip("transformers")
+    (model, (online, _, mask)), tuned = tiny_model(contrast_weight=0), classifier()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    frames, same = online.transpose(1, 2), lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    load = lambda kind: getattr(transformers, kind).from_pretrained(tmp_path / kind).eval()
+    cmaev.save_encoder(model.encoder, tmp_path / "VideoMAEModel", layout="huggingface")
+    cmaev.save_encoder(model.encoder, tmp_path / "VideoMAEForPreTraining", "huggingface", model.decoder)
+    cmaev.save_hugging_face(tmp_path / "VideoMAEForVideoClassification", tuned.encoder, head=tuned.head_state(),
+                            names=tuned.names)
+    with torch.no_grad():
+        same(load("VideoMAEModel")(frames).last_hidden_state, model.encoder(online))
+        same(load("VideoMAEForPreTraining")(frames, bool_masked_pos=mask).loss, model(online, None, mask)["loss"])
+        theirs = load("VideoMAEForVideoClassification")
+        same(theirs(frames).logits, tuned(online))
+        assert theirs.config.id2label == dict(enumerate(tuned.names))
+        for kind in ("VideoMAEForPreTraining", "VideoMAEModel"):
+            load(kind).save_pretrained(tmp_path / "again")
+            same(cmaev.load_encoder(tmp_path / "again")(online), model.encoder(online))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "VideoMAEModel")
+    clip = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    same(processor(list(clip), return_tensors="pt")["pixel_values"], cmaev.normalize(clip[None]).transpose(1, 2))
+
+
 # 9  Training: settings, ranks, kills, folders, wrong input -----------------------------------------------------------
 
 @pytest.mark.parametrize("script, arguments, words", [
@@ -1455,6 +1538,74 @@ def test_demo_is_a_pure_function(demo):
         assert np.abs(decode_all(path) - np.stack(frames).astype(float)).mean() < 12  # H.264's losses
 
 
+def test_recipe_small_has_the_papers_token_grid(demo, tmp_path, capsys):
+    """One step at its smallest, in two micro-batches; geometries that show too little get a warning."""
+    usual = f"--data {demo}/train.txt --subset 4 --workers 0 --amp none --epochs 1 --warmup-epochs 0 --picture-every 0"
+    command = f"{usual} --recipe small --batch-size 4 --micro-batch 2 --out {tmp_path}/run"
+    assert run(pretrain, *command.split()) is None
+    encoder, output = cmaev.load_encoder(tmp_path / "run"), capsys.readouterr().out
+    assert encoder.grid == (8, 14, 14) and "step 1/1" in output and "warning" not in output
+    assert (~cmaev.tube_mask(1, encoder.grid, 0.9)).sum() == 8 * 20
+    command = f"{usual} --recipe demo --batch-size 4 --out {tmp_path}/demo"
+    assert run(pretrain, *command.split()) is None
+    assert "warning: only 4 of 36 tubes are visible (in the paper 20 of 196)" in capsys.readouterr().out
+
+
+def test_pretraining_goes_on_from_weights(demo, undisturbed, tmp_path, monkeypatch):
+    """From a run, encoder and decoder; from an encoder alone; the target starts as a copy."""
+    for path, decoder in ((undisturbed, True), (undisturbed / "encoder.pt", False)):
+        command = pretraining(demo, tmp_path / "run", "--init", path)
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *command])
+        state, trained = pretrain.build(pretrain.read_settings(), torch.device("cpu"))[0].state_dict(), checkpoint_of(
+            undisturbed)["model"]
+        for name, value in state.items():
+            if name.startswith(("encoder.", "decoder.")) and not name.endswith("qkv.bias"):
+                assert torch.equal(value, trained[name]) == (decoder or name.startswith("encoder.")), name
+            if name.startswith("target_"):
+                assert torch.equal(value, state[name.removeprefix("target_")])
+    assert run(pretrain, *command) is None
+    first = [cmaev.read_log(folder)[0]["reconstruction"] for folder in (tmp_path / "run", undisturbed)]
+    assert first[0] < first[1]
+
+
+def test_one_clip_through_the_method(demo, undisturbed, tuned, tmp_path, monkeypatch, capsys, wrong):
+    """python cmaev.py: the same numbers as the parts give, and a picture; wrong input is one line."""
+    monkeypatch.chdir(tmp_path)
+    path = demo / "val/left/00000.mp4"
+
+    def end_of(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cmaev.py", *map(str, arguments)])
+        try:
+            cmaev.run_script(cmaev.main)
+        except SystemExit as end:
+            return str(end)
+    assert end_of(path, undisturbed) is None
+    output = capsys.readouterr().out
+    values = dict(re.findall(r"(eq\. \d).*?  +(-?\d+\.\d+)", output))
+    assert list(values) == [f"eq. {i}" for i in range(1, 9)]
+    assert float(values["eq. 8"]) == pytest.approx(float(values["eq. 7"]) + 0.14 * float(values["eq. 5"]), abs=2e-3)
+    assert cmaev.decode_image("00000.png").shape == (3, 2 + 4 * 34, 2 + 4 * 34)
+    assert end_of(path) is None and "[8, 160, 384]" in capsys.readouterr().out
+    for arguments, words in (((), "give a video"), ((wrong / "audio.mp4",), "audio.mp4: has no video stream"),
+                             ((wrong / "text.mp4",), "cannot be opened as a video"),
+                             ((path, tmp_path), "is no run of pretrain.py"), ((path, tuned), "is of another model")):
+        end = end_of(*arguments)
+        assert end.startswith("error: ") and words in end and "\n" not in end
+
+
+def test_tensorboard(demo, tmp_path):
+    """Scalars and pictures of the log; what an interrupted run wrote after its checkpoint disappears."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    command = pretraining(demo, tmp_path, "--tensorboard", "--picture-every", 10)
+    assert run(pretrain, *command) is None
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("reconstruction")]
+    assert losses == [(line["step"], pytest.approx(line["reconstruction"])) for line in cmaev.read_log(tmp_path)]
+    assert [image.step for image in events.Images("reconstruction")] == [12, 20]
+
+
 def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     """`python pretrain.py` at its smallest: makes the videos, trains, leaves what it promises, knows its end."""
     make_demo, folder = cmaev.make_demo, Path("runs/pretrain-demo")
@@ -1600,9 +1751,67 @@ def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys, mon
     assert output_of(*ask, "--predict=-x.mp4") == answer
     command = finetuning(demo, tuned, "--init", undisturbed)
     assert "is finished" in output_of(*command)
+    model = finetune.load(tuned)
+    name, probability = model.predict(rows[3][0])[0]
+    assert name == rows[3][2] and probability == pytest.approx(float(rows[3][3]), abs=1e-4)
+    with pytest.raises(cmaev.BadVideo, match="list.txt: cannot be opened"):
+        model.predict(write_list(Path("list.txt"), []))
     for probe in ("linear", "knn"):
         output = output_of(*command, "--probe", probe)
         assert "no --val: 10 of the 40 videos" in output and f"{probe} probe of {undisturbed}: top-1 " in output
+
+
+def test_fine_tuning_is_watched_and_keeps_the_best(demo, tuned, capsys):
+    """The log has what --eval of a single view says; of equal epochs the first is kept."""
+    validated = [line for line in cmaev.read_log(tuned) if "val_top1" in line]
+    assert [line["step"] for line in validated] == [4, 6, 9]
+    top1 = [line["val_top1"] for line in validated]
+    best, last = (torch.load(tuned / name, weights_only=True) for name in ("best.pt", "checkpoint.pt"))
+    assert best["step"] == validated[top1.index(max(top1))]["step"] and last["step"] == 9
+    ask = ["--out", tuned, "--workers", 0, "--eval", "--segments", 1, "--crops", 1]
+    for more, line in (([], validated[-1]), (["--best"], validated[top1.index(max(top1))])):
+        assert run(finetune, *ask, *more) is None
+        assert f"top-1 {line['val_top1']:.2f} %, top-5 {line['val_top5']:.2f} %" in capsys.readouterr().out
+
+
+def test_names_from_a_file(demo, tmp_path, capsys):
+    """--names names a list's labels, in the report and in predictions; a list may lack classes."""
+    videos = [video for video in cmaev.read_list(demo / "train.txt") if video[1] != 3]
+    listed, names = write_list(tmp_path / "list.txt", videos), tmp_path / "names.txt"
+    command = finetuning(demo, tmp_path / "run", "--data", listed, "--names", names, "--epochs", 2, "--init", "none",
+                         "--val-every", 0)
+    names.write_text("\n".join(f"Bewegung nach {name}, größer" for name in cmaev.DEMO_CLASSES[:5]), encoding="utf-8")
+    assert "has 5 names, but" in run(finetune, *command)
+    names.write_text("\n".join(f"Bewegung nach {name}, größer" for name in cmaev.DEMO_CLASSES), encoding="utf-8")
+    assert run(finetune, *command) is None and not (tmp_path / "run" / "best.pt").exists()
+    assert '"Bewegung nach' in (tmp_path / "run" / "predictions.csv").read_text(encoding="utf-8")
+    assert len(finetune.load(tmp_path / "run").predict(videos[0][0])) == 10
+    assert "--names is for lists" in run(finetune, *command, "--data", demo / "train")
+
+
+def test_features_are_the_encoders(demo, undisturbed, tmp_path):
+    videos = cmaev.read_list(demo / "val.txt")[:3] + [(str(demo / "train.txt"), None)]
+    listed = write_list(tmp_path / "list.txt", [(path, label) for path, label in videos])
+    listed.write_text(listed.read_text().replace(" None", ""))
+    arguments = ["--features", tmp_path / "out.npz", "--data", listed, "--init", undisturbed, "--workers", 0]
+    assert run(finetune, *arguments, "--amp", "none") is None
+    stored, encoder = np.load(tmp_path / "out.npz"), cmaev.load_encoder(undisturbed).eval()
+    assert stored["paths"].tolist() == [path for path, _ in videos]
+    assert stored["labels"].tolist() == [*(label for _, label in videos[:3]), -1]
+    assert stored["features"].dtype == np.float32 and np.isnan(stored["features"][3]).all()
+    clips = finetune.LabelledClips(videos, 4, 4, 32, "dense")
+    for i in range(3):
+        expected = encoder(cmaev.normalize(clips[0, i]["clip"])).mean(dim=(0, 1))
+        torch.testing.assert_close(torch.from_numpy(stored["features"][i]), expected.detach())
+    assert "give --init" in run(finetune, *arguments, "--init", "none")
+
+
+def test_export_of_a_run(tuned, tmp_path):
+    assert run(finetune, "--out", tuned, "--export", tmp_path / "folder") is None
+    state, model = cmaev.read_weights(tmp_path / "folder")[0], finetune.load(tuned)
+    assert torch.equal(state["head.weight"], model.head.weight) and len(state) == len(model.state_dict())
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert list(config["label2id"]) == model.names and config["architectures"] == ["VideoMAEForVideoClassification"]
 
 
 def test_ranks_score_every_video_once(demo, tuned):
@@ -1638,6 +1847,7 @@ def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
     assert_same_weights(folder, expected)
     if script is finetune:
         assert (folder / "predictions.csv").read_text() == (tuned / "predictions.csv").read_text()
+        assert_same_weights(folder, tuned, "best.pt")
 
 
 def test_faults_signals_and_locks(demo, tmp_path, undisturbed):
