@@ -2163,7 +2163,7 @@ def demo_texture(rng, lengths, bases):
 
 
 def main():
-    """Prints each step of the method on eight clips of a video, and draws the first: python cmaev.py clip.mp4 [run]."""
+    """Prints each step of the method on four clips of a video, and draws the first: python cmaev.py clip.mp4 [run]."""
     if len(sys.argv) not in (2, 3):
         raise CMAEVError("give a video and, if there is one, a run: python cmaev.py clip.mp4 runs/pretrain-demo")
     path, run = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
@@ -2183,7 +2183,7 @@ def main():
     with seeded(0, 0, 0) as generator:  # PretrainClips draws the same
         for view, indices in zip(("online", "target"), temporal_shift_indices(length, *sampling, generator)):
             print(f"{view} view, frames of {length}: {indices.tolist()}")
-    sample = PretrainClips([(path, None)], model.encoder.grid, *sampling, s.size, s.mask_ratio, repeats=8)[0, 0]
+    sample = PretrainClips([(path, None)], model.encoder.grid, *sampling, s.size, s.mask_ratio, repeats=4)[0, 0]
     online, target = normalize(sample["online"]), normalize(augment_colors(sample["target"], sample["colors"]))
     mask, (visible, masked) = sample["mask"], visible_and_masked(sample["mask"])
     with torch.no_grad():
@@ -2194,7 +2194,7 @@ def main():
                  "eq. 1  visible tokens": tokens, "eq. 2  online features": feature,
                  "eq. 3  target features": target_feature,
                  "eq. 4  cosine similarities": F.normalize(query) @ F.normalize(key).T,
-                 "eq. 5  L_c of these eight clips": losses["contrast"],
+                 "eq. 5  L_c of these four clips": losses["contrast"],
                  "eq. 6  predicted cubes": model.decoder(tokens, visible, masked),
                  "eq. 7  L_r": losses["reconstruction"], f"eq. 8  L_r + {model.contrast_weight} L_c": losses["loss"]}
     print(f"{'':<32}  mean +- standard deviation  [shape]")

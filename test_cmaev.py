@@ -48,7 +48,7 @@ from torchvision.io import write_jpeg, write_png
 import cmaev
 import finetune
 import pretrain
-from experiments import benchmark
+from experiments import benchmark, lists
 
 HERE = Path(__file__).parent
 on_gpu = pytest.mark.skipif(not GPU, reason="wants a GPU: GPU=1 pytest -k gpu")
@@ -1132,6 +1132,63 @@ def test_folders_as_people_have_them(tmp_path, capsys):
     assert finetune.class_names(videos[:-1], tmp_path) == ["a", "b", "c"]
 
 
+def run_experiment(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    try:
+        cmaev.run_script(script.main)
+    except SystemExit as end:
+        return str(end)
+
+
+def test_lists_of_kinetics(tmp_path, monkeypatch, capsys):
+    """Numbered over all files in alphabetical order; names in both layouts; clips without a video are counted."""
+    touch(tmp_path, "videos/abseiling a rope/-a_b1234567_000010_000020.mp4", "videos/xyz.mkv", "videos/x.part")
+    head = "label,youtube_id,time_start,time_end,split\n"
+    (tmp_path / "train.csv").write_text(head + '"zumba, slow",xyz,3,13,train\nabseiling,gone,1,11,train\n')
+    (tmp_path / "val.csv").write_text(head + "abseiling,-a_b1234567,10,20,val\n")
+    (tmp_path / "test.csv").write_text("youtube_id,time_start,time_end,split\nxyz,3,13,test\n")
+    (tmp_path / "other.csv").write_text("path label\n")
+    files = [tmp_path / f"{name}.csv" for name in ("train", "val", "test")]
+    usual = "--videos", tmp_path / "videos", "--out", tmp_path / "out"
+    assert run_experiment(monkeypatch, lists, *files, *usual) is None
+    assert "train.txt: 1 videos; 1 entries of" in (output := capsys.readouterr().out) and "gone_000001_000011" in output
+    root = str(tmp_path / "videos")
+    assert [cmaev.read_list(tmp_path / "out" / f"{file.stem}.txt") for file in files] == [
+        [(f"{root}/xyz.mkv", 1)], [(f"{root}/abseiling a rope/-a_b1234567_000010_000020.mp4", 0)],
+        [(f"{root}/xyz.mkv", None)]]
+    assert (tmp_path / "out" / "names.txt").read_text() == "abseiling\nzumba, slow\n"
+    for arguments, words in (((tmp_path / "other.csv", *usual), "is no Kinetics CSV"), (
+            (files[0], "--videos", tmp_path / "out", "--out", tmp_path), "has no video of")):
+        end = run_experiment(monkeypatch, lists, *arguments)
+        assert end.startswith("error: ") and words in end and "\n" not in end
+
+
+def test_lists_of_something_something(tmp_path, monkeypatch, capsys):
+    touch(tmp_path, "videos/1.webm", "videos/22.webm")
+    rows = [{"id": "1", "label": "moving a pen", "template": "Moving [something] up", "placeholders": ["a pen"]},
+            {"id": "22", "label": "x", "template": "Dropping [something]", "placeholders": ["x"]},
+            {"id": "3", "label": "x", "template": "Dropping [something]", "placeholders": ["x"]}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (tmp_path / "labels.json").write_text(json.dumps({"Moving something up": "0", "Dropping something": "1"}))
+    command = [tmp_path / "train.json", "--videos", tmp_path / "videos", "--out", tmp_path / "out", "--labels"]
+    assert run_experiment(monkeypatch, lists, *command, tmp_path / "labels.json") is None
+    assert cmaev.read_list(tmp_path / "out" / "train.txt") == [
+        (str(tmp_path / "videos/1.webm"), 0), (str(tmp_path / "videos/22.webm"), 1)]
+    assert (tmp_path / "out" / "names.txt").read_text() == "Moving something up\nDropping something\n"
+    (tmp_path / "labels.json").write_text(json.dumps({"Moving something up": "0"}))
+    end = run_experiment(monkeypatch, lists, *command, tmp_path / "labels.json")
+    assert end == f"error: {tmp_path}/labels.json has no 'Dropping something'"
+
+
+def test_curves_of_runs(undisturbed, tuned, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from experiments import curves
+    monkeypatch.chdir(tmp_path)
+    assert run_experiment(monkeypatch, curves, undisturbed, tuned) is None
+    assert cmaev.decode_image("curves.png").shape[2] > 4 * 4 * 80  # five panels
+    assert "holds no log" in run_experiment(monkeypatch, curves, undisturbed, tmp_path)
+
+
 # 8  Weights ----------------------------------------------------------------------------------------------------------
 
 def videomae_names(state, prefix):
@@ -1457,8 +1514,8 @@ def test_two_ranks_give_the_gradient_of_the_whole_batch(two_ranks, encoder):
 def test_a_run_in_micro_batches_logs_the_same_and_resumes(demo, tmp_path, monkeypatch, script):
     """To float64's rounding; stopped and continued it is bit-equal. Mixup and drop path draw per micro-batch."""
     arguments = (pretraining if script is pretrain else finetuning)
-    more = ["--repeats", 2] if script is pretrain else "--init none --mixup 0 --cutmix 0 --drop-path 0".split()
-    whole, parts, stopped = (arguments(demo, tmp_path / name, *more) for name in ("whole", "parts", "stopped"))
+    more = "--repeats 2 --epochs 2" if script is pretrain else "--init none --mixup 0 --cutmix 0 --drop-path 0"
+    whole, parts, stopped = (arguments(demo, tmp_path / name, *more.split()) for name in ("whole", "parts", "stopped"))
     with float64():
         assert run(script, *whole) is None and run(script, *parts, "--micro-batch", 2) is None
         with monkeypatch.context() as patch:
@@ -1585,7 +1642,7 @@ def test_one_clip_through_the_method(demo, undisturbed, tuned, tmp_path, monkeyp
     assert list(values) == [f"eq. {i}" for i in range(1, 9)]
     assert float(values["eq. 8"]) == pytest.approx(float(values["eq. 7"]) + 0.14 * float(values["eq. 5"]), abs=2e-3)
     assert cmaev.decode_image("00000.png").shape == (3, 2 + 4 * 34, 2 + 4 * 34)
-    assert end_of(path) is None and "[8, 160, 384]" in capsys.readouterr().out
+    assert end_of(path) is None and "[4, 160, 384]" in capsys.readouterr().out
     for arguments, words in (((), "give a video"), ((wrong / "audio.mp4",), "audio.mp4: has no video stream"),
                              ((wrong / "text.mp4",), "cannot be opened as a video"),
                              ((path, tmp_path), "is no run of pretrain.py"), ((path, tuned), "is of another model")):
@@ -2024,7 +2081,7 @@ def test_faults_a_bad_video_counts_as_wrong_in_testing(demo, tuned, wrong, tmp_p
         probing = "--probe", probe, "--init", "none", "--data", holed, "--val", holed
         assert run(finetune, *finetuning(demo, tuned, *probing)) is None
     end = run(finetune, *finetuning(demo, tuned, "--predict", wrong / "audio.mp4"))
-    assert end == "error: not all of these files could be read"
+    assert end == "error: 1 of 1 files could not be read"
 
 
 def test_faults_damaged_and_hostile_weights(undisturbed, tmp_path):
