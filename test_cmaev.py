@@ -1368,24 +1368,30 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
     (model, (online, _, mask)), tuned = tiny_model(contrast_weight=0), classifier()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    frames, same = online.transpose(1, 2), lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    frames = online.transpose(1, 2)
+
+    def same(what, a, b):
+        print(f"{what}: largest difference {(a - b).abs().max():.1e}, largest value {b.abs().max():.2f}")
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     load = lambda kind: getattr(transformers, kind).from_pretrained(tmp_path / kind).eval()
     cmaev.save_encoder(model.encoder, tmp_path / "VideoMAEModel", layout="huggingface")
     cmaev.save_encoder(model.encoder, tmp_path / "VideoMAEForPreTraining", "huggingface", model.decoder)
     cmaev.save_hugging_face(tmp_path / "VideoMAEForVideoClassification", tuned.encoder, head=tuned.head_state(),
                             names=tuned.names)
     with torch.no_grad():
-        same(load("VideoMAEModel")(frames).last_hidden_state, model.encoder(online))
-        same(load("VideoMAEForPreTraining")(frames, bool_masked_pos=mask).loss, model(online, None, mask)["loss"])
+        same("tokens", load("VideoMAEModel")(frames).last_hidden_state, model.encoder(online))
+        same("loss", load("VideoMAEForPreTraining")(frames, bool_masked_pos=mask).loss,
+             model(online, None, mask)["loss"])
         theirs = load("VideoMAEForVideoClassification")
-        same(theirs(frames).logits, tuned(online))
+        same("logits", theirs(frames).logits, tuned(online))
         assert theirs.config.id2label == dict(enumerate(tuned.names))
         for kind in ("VideoMAEForPreTraining", "VideoMAEModel"):
             load(kind).save_pretrained(tmp_path / "again")
-            same(cmaev.load_encoder(tmp_path / "again")(online), model.encoder(online))
+            same(f"tokens, {kind} read back", cmaev.load_encoder(tmp_path / "again")(online), model.encoder(online))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "VideoMAEModel")
     clip = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    same(processor(list(clip), return_tensors="pt")["pixel_values"], cmaev.normalize(clip[None]).transpose(1, 2))
+    same("processor", processor(list(clip), return_tensors="pt")["pixel_values"],
+         cmaev.normalize(clip[None]).transpose(1, 2))
 
 
 # 9  Training: settings, ranks, kills, folders, wrong input -----------------------------------------------------------
