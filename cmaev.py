@@ -1594,8 +1594,8 @@ def parse_settings(parser, recipes, argv):
     by_hand = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not parser}
     of_run = by_hand & {"eval", "predict", "export", "features"}  # their settings are those of the run or the weights
     if "data" in by_hand and "recipe" not in by_hand and not of_run:
-        fail("--data without --recipe: give --recipe k400 or ssv2 (16 frames of 224x224 pixels, sampled as for "
-             "Kinetics-400 or Something-Something V2), or demo (8 frames of 48x48)")
+        fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 (of 224x224, "
+             "sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 48x48)")
     if "val" in by_hand and "data" not in by_hand and not of_run:
         fail("--val without --data: give both")
     if "data" in by_hand and "val" not in by_hand:
