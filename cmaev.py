@@ -2085,18 +2085,20 @@ def read_log(run):
 
 DEMO_CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "growing", "shrinking",
                 "swinging", "bobbing")
-DEMO_FRAMES, DEMO_SIDE = 48, 80
+DEMO_SHAPES = ("disk", "square", "ring", "cross", "triangle")
+DEMO_FRAMES, DEMO_SIDE = 48, 96
 
 
-def make_demo(folder, train=400, val=200, seed=0, looks=None):
-    """Writes folder/{train,val}/class/*.mp4 (H.264, 48 frames of 80 x 80) and the lists train.txt and val.txt.
+def make_demo(folder, kind="scenes", train=400, val=200, seed=0):
+    """Writes folder/{train,val}/class/*.mp4 (H.264, 48 frames of 96 x 96) and the lists train.txt and val.txt.
 
-    A soft light moves over a darker, slowly drifting background. The class is the motion. Colours, textures, shape,
-    size, place, speed and drift have the same distribution in all classes: a single frame does not show the class, as
-    in Something-Something. The light is wide, so that one visible tube in ten shows part of its path.
-    With `looks`, the videos share that many pairs of background and light: appearance then hardly identifies a video,
-    and InfoNCE must use the motion. Without, each video has its own: harder for the contrastive branch.
-    Video i of a split is a pure function of (seed, split, i, looks).
+    A glowing shape moves over a darker, slowly drifting background; the ten classes are motions. A look is a shape, the
+    colours of the shape and those of the background. What varies per video in all classes: size, place, speed, drift,
+    angle and the gain of each colour channel. `kind` says what a look tells of the class:
+        scenes   each pair of opposite motions has its own shape and 12 looks: a frame tells the pair, as in Kinetics
+        motions  all classes share 8 looks: a frame tells nothing of the class, as in Something-Something
+        looks    each video has its own look, which tells it from all others but nothing of its class
+    Video i of a split is a pure function of (kind, seed, split, i).
     """
     folder, partial = Path(folder), Path(f"{folder}.partial")
     for split, (name, count) in enumerate((("train", train), ("val", val))):
@@ -2105,7 +2107,7 @@ def make_demo(folder, train=400, val=200, seed=0, looks=None):
             label = i % len(DEMO_CLASSES)
             file = f"{name}/{DEMO_CLASSES[label]}/{i:05d}.mp4"
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            write_video(partial / file, demo_video(label, np.random.default_rng((seed, split, i)), looks))
+            write_video(partial / file, demo_video(label, np.random.default_rng((seed, split, i)), kind))
             lines.append(f"{file} {label}\n")
         (partial / f"{name}.txt").write_text("".join(lines))
     os.replace(partial, folder)
@@ -2127,14 +2129,19 @@ def write_video(path, frames, rate=24):
         container.mux(stream.encode(None))
 
 
-def demo_video(label, rng, looks=None):
+def demo_video(label, rng, kind="scenes"):
     """The frames of one demo video, uint8 [H, W, 3] each."""
-    motion = DEMO_CLASSES[label]
-    look = np.random.default_rng(rng.integers(looks)) if looks else rng
-    background, light = demo_texture(look, (100, 220), (0.1, 0.3)), demo_texture(look, (12, 36), (0.65, 0.9))
-    middle, drift = DEMO_SIDE / 2 + rng.uniform(-10, 10, 2), rng.normal(0, 0.1, 2)
-    angle, size, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(14, 22), rng.uniform(1, 1.3)
-    speed, growth, reach, radius = (rng.uniform(*span) for span in ((0.6, 1.2), (0.02, 0.035), (10, 16), (9, 15)))
+    motion, shape, look = DEMO_CLASSES[label], label // 2, rng
+    if kind == "scenes":
+        look = np.random.default_rng((5, shape, rng.integers(12)))
+    else:
+        look = np.random.default_rng((7, rng.integers(8))) if kind == "motions" else rng
+        shape = look.integers(len(DEMO_SHAPES))
+    background, surface = demo_texture(look, (110, 240), (0.08, 0.35)), demo_texture(look, (1.2, 2.4), (0.6, 0.9))
+    glow = 0.6 * surface(np.zeros(2, np.float32))
+    gain, size, middle = rng.uniform(0.6, 1.4, 3), rng.uniform(19, 27), DEMO_SIDE / 2 + rng.uniform(-12, 12, 2)
+    angle, place, drift = rng.uniform(0, 2 * np.pi), rng.uniform(-20, 20, 2), rng.normal(0, 0.12, 2)
+    speed, growth, reach, radius = (rng.uniform(*span) for span in ((0.7, 1.4), (0.02, 0.035), (12, 19), (11, 18)))
     beat, turn, phase = 2 * np.pi / rng.uniform(30, 44), 2 * np.pi / rng.uniform(40, 60), rng.uniform(0, 2 * np.pi)
     direction = np.array(dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0)).get(motion, (0, 0)))
     swing = np.array(dict(swinging=(0, 1), bobbing=(1, 0)).get(motion, (0, 0)))
@@ -2142,18 +2149,30 @@ def demo_video(label, rng, looks=None):
     scale = dict(growing=1, shrinking=-1).get(motion, 0)
     circle = lambda t: radius * np.array([np.sin(phase + spin * turn * t), np.cos(phase + spin * turn * t)])
     path = lambda t: direction * speed * t + swing * reach * np.sin(phase + beat * t) + circle(t)
-    c, s = np.cos(angle), np.sin(angle)
+    turned = np.float32([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     pixels = np.stack(np.mgrid[:DEMO_SIDE, :DEMO_SIDE], axis=-1).astype(np.float32)  # (row, column)
     for t in np.arange(DEMO_FRAMES) - DEMO_FRAMES // 2:
-        turned = np.array([[c, -s], [s, c]]) / (size * np.exp(scale * growth * t))
-        local = (pixels - np.float32(middle + path(t) - path(0))) @ np.float32(turned)
-        bright = np.exp(-((local * np.float32([stretch, 1 / stretch])) ** 2).sum(axis=-1, keepdims=True))
-        image = bright * light(local * 14) + (1 - bright) * background(pixels - np.float32(drift * t))
+        side = size * np.exp(scale * growth * t)
+        local = (pixels - np.float32(middle + path(t) - path(0))) @ turned / np.float32(side)
+        inside = side * signed_distance(DEMO_SHAPES[shape], local)[..., None]  # pixels to the edge
+        edge = np.clip(inside / 4 + 0.5, 0, 1)
+        halo = 0.9 * np.exp(-(np.clip(-inside, 0, None) / 26) ** 2)
+        around = (1 - halo) * background(pixels - np.float32(place + drift * t)) + halo * glow
+        image = gain * (edge * surface(local) + (1 - edge) * around)
         yield np.clip(image * 255, 0, 255).astype(np.uint8)
 
 
+def signed_distance(shape, points):
+    """About the distance to the edge of a shape of radius 1, positive inside: [..., 2] -> [...]."""
+    x, y = np.abs(points[..., 0]), np.abs(points[..., 1])
+    radius = np.hypot(x, y)
+    return {"disk": 1 - radius, "square": 0.85 - np.maximum(x, y), "ring": 0.33 - np.abs(radius - 0.7),
+            "cross": np.maximum(np.minimum(0.33 - x, 1 - y), np.minimum(0.33 - y, 1 - x)),
+            "triangle": 0.55 - np.maximum(points[..., 0], 0.866 * y - 0.5 * points[..., 0])}[shape]
+
+
 def demo_texture(rng, lengths, bases):
-    """Two random coloured waves: a function of coordinates [..., 2] in pixels -> RGB [..., 3], mostly in 0 to 1."""
+    """Two random coloured waves: a function of coordinates [..., 2] -> RGB [..., 3], mostly in 0 to 1."""
     angle, length = rng.uniform(0, 2 * np.pi, 2), rng.uniform(*lengths, 2)
     waves = np.float32(np.stack([np.cos(angle), np.sin(angle)]) * 2 * np.pi / length)
     phase, base, color = rng.uniform(0, 2 * np.pi, 2), rng.uniform(*bases, 3), rng.normal(size=(2, 3))

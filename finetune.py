@@ -38,7 +38,7 @@ COMMON = dict(warmup_epochs=5, lr=5e-4, min_lr=1e-6, beta2=0.999)
 RECIPES = {
     "demo": COMMON | dict(
         data="data/demo/train.txt", val="data/demo/val.txt", out="runs/finetune-demo", init="runs/pretrain-demo",
-        encoder="vit_tiny", frames=8, size=48, patch=8, repeats=1, smallest_crop=0.5, flip=False, rand_augment=False,
+        encoder="vit_tiny", frames=8, size=56, patch=8, repeats=1, smallest_crop=0.5, flip=False, rand_augment=False,
         erasing=0.0, mixup=0.0, cutmix=0.0, segments=1, crops=1, epochs=20, warmup_epochs=2, batch_size=16, lr=1.6e-2,
         log_every=25, save_every=100),
     "small": COMMON | dict(out="runs/finetune-small", init="runs/pretrain-small", encoder="vit_small", size=112,

@@ -27,8 +27,8 @@ METRICS = ("loss", "reconstruction", "contrast", "accuracy")
 # What differs from the defaults of the flags below, which are the paper's for K400; see README, "Where the paper is
 # silent"
 RECIPES = {
-    "demo": dict(data=DEMO, out="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=48, patch=8, max_shift=4,
-                 momentum=0.99, epochs=50, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50, save_every=250,
+    "demo": dict(data=DEMO, out="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=56, patch=8, mask_ratio=0.8,
+                 momentum=0.99, epochs=35, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50, save_every=250,
                  picture_every=250),
     "small": dict(out="runs/pretrain-small", encoder="vit_small", size=112, patch=8, epochs=200, warmup_epochs=20,
                   batch_size=256, micro_batch=64),
@@ -241,12 +241,17 @@ def held_out_reconstruction(model, clips, s, device):
 
 
 def picture(model, clips, device, count=3, columns=8):
-    """Frames of the first videos, a row each: original, masked, mean colours, reconstructed -> uint8 [3, H, W]."""
+    """Frames of the first videos, a row each: original, masked, mean colours, reconstructed -> uint8 [3, H, W].
+
+    Small frames are enlarged.
+    """
     samples = [clips[0, index] for index in range(min(count, len(clips)))]
     online = cmaev.normalize(torch.stack([sample["online"][0] for sample in samples]).to(device))
     rows = model.reconstruct(online, torch.stack([sample["mask"][0] for sample in samples]))
     frames = torch.stack(rows, dim=1).transpose(2, 3)[:, :, ::-(-online.shape[2] // columns)]  # [clip, row, T, 3, H, W]
-    return (make_grid(frames.flatten(0, 2), nrow=frames.shape[2]) * 255).round().byte().cpu()
+    scale = max(1, 112 // online.shape[-1])
+    enlarged = frames.flatten(0, 2).repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    return (make_grid(enlarged, nrow=frames.shape[2]) * 255).round().byte().cpu()
 
 
 if __name__ == "__main__":

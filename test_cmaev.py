@@ -1402,7 +1402,7 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--data nothing": "nothing: no videos in it", "--data gone.txt": "gone.txt, line 2: lost.mp4 does not exist",
         "--data label.txt": "label.txt, line 1: label 'jump' is no integer", "--data good.mp4": "good.mp4: is no text",
         "--data audio.txt --repeats 4": "audio.mp4: has no video stream", "--size 50": "50x50 pixels does not divide",
-        "--data text.txt --repeats 4": "text.mp4: cannot be opened as a video", "--frames 3": "3 frames of 48x48",
+        "--data text.txt --repeats 4": "text.mp4: cannot be opened as a video", "--frames 3": "3 frames of 56x56",
         "--data late.txt --workers 1 --out late": "ten videos in a row cannot be read, the last one: audio.mp4: has no",
         "--encoder vgg": "no encoder 'vgg'", "--encoder convvit_tiny --size 60 --patch 6": "patch size 6",
         "--batch-size 16": "--batch-size 16: give no more than",
@@ -1416,7 +1416,7 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--lr nan": "--lr: nan: give a number in (0, inf)", "--lr inf": "--lr: inf: give a number in (0, inf)",
         "--mask-ratio 1": "--mask-ratio: 1: give a number in (0, 1)", "--momentum 1.1": "give a number in [0, 1]",
         "--clip-grad nan": "give a number in [0, inf)", "--beta2 1": "--beta2: 1: give a number in [0, 1)",
-        "--warmup-epochs 50": "--warmup-epochs 50: give less than the 50 of --epochs"}.items()),
+        "--warmup-epochs 35": "--warmup-epochs 35: give less than the 35 of --epochs"}.items()),
     *((finetune, *row) for row in {
         "--val large.txt": "large.txt: good.mp4 has label 7: give 0 to 0, the classes of the training list",
         "--data gap.txt": "class 1 of 0 to 2 has no video in the list", "--data none.txt": "good.mp4 has no label",
@@ -1569,14 +1569,14 @@ def test_openmp_threads_wait_passively(tmp_path):
 
 # 10  Demo ------------------------------------------------------------------------------------------------------------
 
-def test_demo_classes_differ_in_motion_alone():
-    """The same draw under every class: one middle frame, and around it the light moves as the class says."""
+def test_demo_classes_differ_in_motion():
+    """The same draw under every class: one middle frame, and around it the shape moves as the class says."""
     middle, span, moves = cmaev.DEMO_FRAMES // 2, range(8, 41), {}
     for label, name in enumerate(cmaev.DEMO_CLASSES):
-        video = np.stack(list(cmaev.demo_video(label, np.random.default_rng(3)))).astype(int)
+        video = np.stack(list(cmaev.demo_video(label, np.random.default_rng(3), "motions"))).astype(int)
         still = video[middle] if label == 0 else still
         assert np.array_equal(video[middle], still)
-        lit = [np.argwhere(frame.sum(axis=-1) > 306) for frame in video]
+        lit = [np.argwhere(frame.sum(axis=-1) > 0.6 * still.sum(axis=-1).max()) for frame in video]
         row, column = np.array([lit[t].mean(axis=0) for t in span]).T
         moves[name] = dict(right=column[-1] - column[0], down=row[-1] - row[0], rows=np.ptp(row),
                            columns=np.ptp(column),
@@ -1591,11 +1591,31 @@ def test_demo_classes_differ_in_motion_alone():
     assert moves["bobbing"]["rows"] > 10 > 5 > moves["bobbing"]["columns"]
 
 
+@pytest.mark.parametrize("kind, per_pair, in_all", [("scenes", 12, 60), ("motions", 8, 8), ("looks", 100, 500)])
+def test_demo_looks_tell_what_they_should(monkeypatch, kind, per_pair, in_all):
+    """Backgrounds and shapes of 100 videos of each pair of opposite motions."""
+    drawn, demo_texture, signed_distance = [], cmaev.demo_texture, cmaev.signed_distance
+    monkeypatch.setattr(cmaev, "demo_texture", lambda rng, lengths, bases: drawn.append(
+        tuple(demo_texture(np.random.default_rng(rng.integers(2**40)), lengths, bases)(np.zeros(2)))) or (
+            lambda points: np.zeros((*points.shape[:-1], 3))))
+    monkeypatch.setattr(cmaev, "signed_distance", lambda shape, points: drawn.append(shape) or signed_distance(
+        shape, points))
+    looks = {}
+    for i in range(500):
+        drawn.clear()
+        next(cmaev.demo_video(i % 10, np.random.default_rng(i), kind))
+        looks.setdefault(i % 10 // 2, set()).add((drawn[0], drawn[-1]))  # background, shape
+    assert [len(group) for group in looks.values()] == 5 * [per_pair] and len(set.union(*looks.values())) == in_all
+    shapes = [{shape for _, shape in group} for group in looks.values()]
+    assert all(len(group) == 1 for group in shapes) == (kind == "scenes")
+    assert set.union(*shapes) <= set(cmaev.DEMO_SHAPES)
+
+
 def test_demo_is_a_pure_function(demo):
     videos = cmaev.read_list(demo / "train.txt")
     assert [label for _, label in videos] == [i % 10 for i in range(40)]
     for i, (path, label) in enumerate(videos[:6]):  # the same file, however fast its frames come
-        frames = list(cmaev.demo_video(label, np.random.default_rng((0, 0, i))))
+        frames = list(cmaev.demo_video(label, np.random.default_rng((0, 0, i)), "scenes"))
         cmaev.write_video(demo.parent / "again.mp4", frames)
         assert (demo.parent / "again.mp4").read_bytes() == Path(path).read_bytes()
         assert np.abs(decode_all(path) - np.stack(frames).astype(float)).mean() < 12  # H.264's losses
@@ -1609,9 +1629,9 @@ def test_recipe_small_has_the_papers_token_grid(demo, tmp_path, capsys):
     encoder, output = cmaev.load_encoder(tmp_path / "run"), capsys.readouterr().out
     assert encoder.grid == (8, 14, 14) and "step 1/1" in output and "warning" not in output
     assert (~cmaev.tube_mask(1, encoder.grid, 0.9)).sum() == 8 * 20
-    command = f"{usual} --recipe demo --batch-size 4 --out {tmp_path}/demo"
+    command = f"{usual} --recipe demo --batch-size 4 --mask-ratio 0.9 --out {tmp_path}/demo"
     assert run(pretrain, *command.split()) is None
-    assert "warning: only 4 of 36 tubes are visible (in the paper 20 of 196)" in capsys.readouterr().out
+    assert "warning: only 5 of 49 tubes are visible (in the paper 20 of 196)" in capsys.readouterr().out
 
 
 def test_pretraining_goes_on_from_weights(demo, undisturbed, tmp_path, monkeypatch):
@@ -1681,7 +1701,7 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     assert all(math.isfinite(value) for line in log for value in line.values())
     assert log[-1]["loss"] == pytest.approx(log[-1]["reconstruction"] + 0.14 * log[-1]["contrast"])
     assert settings["settings"]["lr"] == pretrain.RECIPES["demo"]["lr"] and settings["torch"] == torch.__version__
-    assert cmaev.decode_image(str(folder / "reconstruction-000008.png")).shape == (3, 2 + 12 * 50, 2 + 8 * 50)
+    assert cmaev.decode_image(str(folder / "reconstruction-000008.png")).shape == (3, 2 + 12 * 114, 2 + 8 * 114)
     encoder = torch.load(folder / "encoder.pt", weights_only=True)["model"]
     assert {"patch_embed.proj.weight", "blocks.5.attn.q_bias", "blocks.0.mlp.fc2.bias", "norm.weight"} < encoder.keys()
     assert run(pretrain, *command) is None

@@ -1,6 +1,6 @@
 """Draws the figures of RESULTS.md from the runs of experiments/ablation.sh (pip install matplotlib).
 
-    python -m experiments.figures                     all, or those of these sets of rows: demo, ablation
+    python -m experiments.figures
 
 It writes experiments/figures/*.png and the losses of the curves, experiments/results/*-curves.jsonl.
 """
@@ -53,18 +53,19 @@ def curves(name, rows, batch=16):
     figure.savefig(FIGURES / f"{name}.png", dpi=90)
 
 
-def training(name, run, side=50):
+def training(name, run, videos=3):
     """Draw one video: original, masked, mean colours, and reconstructed at each of the run's pictures."""
     pictures = [decode_image(str(path)) for path in sorted(Path(run).glob("reconstruction-*.png"))]
+    side = (pictures[0].shape[1] - 2) // (4 * videos)
     rows = [pictures[0][:, :3 * side], *(picture[:, 3 * side:4 * side] for picture in pictures)]
-    write_png(torch.cat(rows, dim=1).repeat_interleave(2, 1).repeat_interleave(2, 2), str(FIGURES / f"{name}.png"))
+    write_png(torch.cat(rows, dim=1), str(FIGURES / f"{name}.png"))
 
 
 def similarities(name, run, videos, count=16):
     """Draw the cosines of queries (rows) and keys (columns) before and after training; black -1, white 1."""
     torch.manual_seed(0)
-    model = cmaev.CMAEV("vit_tiny", frames=8, size=48, patch=8)
-    clips = cmaev.PretrainClips(cmaev.read_list(videos)[:count], model.encoder.grid, 8, 4, 4, 48)
+    model = cmaev.CMAEV("vit_tiny", frames=8, size=56, patch=8)
+    clips = cmaev.PretrainClips(cmaev.read_list(videos)[:count], model.encoder.grid, 8, 4, 8, 56, 0.8)
     batch = torch.utils.data.default_collate([clips[0, i] for i in range(count)])
     online, target = (cmaev.normalize(batch[view][:, 0]) for view in ("online", "target"))
     pictures = []
@@ -82,14 +83,8 @@ def similarities(name, run, videos, count=16):
     write_png(torch.cat([pictures[0], gap, pictures[1]], dim=1)[None], str(FIGURES / f"{name}.png"))
 
 
-def seeds(row):
-    return [f"runs/{row}-{seed}" for seed in range(3)]
-
-
-wanted = sys.argv[1:] or ["demo", "ablation"]
-if "demo" in wanted:
-    curves("demo-curves", {"CMAE-V": seeds("demo-cmaev")})
-    training("demo-training", "runs/demo-cmaev-1")
-if "ablation" in wanted:
-    curves("ablation-curves", {"VideoMAE": seeds("motion-long-mae"), "CMAE-V": seeds("motion-long-cmaev")})
-    similarities("similarity", "runs/motion-long-cmaev-0", "data/motion/val.txt")
+for kind in ("scenes", "motions"):
+    curves(f"{kind}-curves", {name: [str(run) for run in sorted(Path("runs").glob(f"{kind}-{row}-?"))] for name, row in
+                              (("VideoMAE", "mae"), ("CMAE-V", "cmaev"), ("CMAE-V without shift", "noshift"))})
+    similarities(f"{kind}-similarity", f"runs/{kind}-cmaev-0", f"data/{kind}/val.txt")
+training("training", "runs/scenes-cmaev-1")
