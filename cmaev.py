@@ -2093,8 +2093,8 @@ def make_demo(folder, kind="scenes", train=400, val=200, seed=0):
     """Writes folder/{train,val}/class/*.mp4 (H.264, 48 frames of 96 x 96) and the lists train.txt and val.txt.
 
     A glowing shape moves over a darker, slowly drifting background; the ten classes are motions. A look is a shape, the
-    colours of the shape and those of the background. What varies per video in all classes: size, place, speed, drift,
-    angle and the gain of each colour channel. `kind` says what a look tells of the class:
+    colours of the shape and those of the background. What varies per video in all classes: size, place, speed, drift
+    and angle. `kind` says what a look tells of the class:
         scenes   each pair of opposite motions has its own shape and 12 looks: a frame tells the pair, as in Kinetics
         motions  all classes share 8 looks: a frame tells nothing of the class, as in Something-Something
         looks    each video has its own look, which tells it from all others but nothing of its class
@@ -2139,7 +2139,7 @@ def demo_video(label, rng, kind="scenes"):
         shape = look.integers(len(DEMO_SHAPES))
     background, surface = demo_texture(look, (110, 240), (0.08, 0.35)), demo_texture(look, (1.2, 2.4), (0.6, 0.9))
     glow = 0.6 * surface(np.zeros(2, np.float32))
-    gain, size, middle = rng.uniform(0.6, 1.4, 3), rng.uniform(19, 27), DEMO_SIDE / 2 + rng.uniform(-12, 12, 2)
+    size, middle = rng.uniform(19, 27), DEMO_SIDE / 2 + rng.uniform(-12, 12, 2)
     angle, place, drift = rng.uniform(0, 2 * np.pi), rng.uniform(-20, 20, 2), rng.normal(0, 0.12, 2)
     speed, growth, reach, radius = (rng.uniform(*span) for span in ((0.7, 1.4), (0.02, 0.035), (12, 19), (11, 18)))
     beat, turn, phase = 2 * np.pi / rng.uniform(30, 44), 2 * np.pi / rng.uniform(40, 60), rng.uniform(0, 2 * np.pi)
@@ -2158,7 +2158,7 @@ def demo_video(label, rng, kind="scenes"):
         edge = np.clip(inside / 4 + 0.5, 0, 1)
         halo = 0.9 * np.exp(-(np.clip(-inside, 0, None) / 26) ** 2)
         around = (1 - halo) * background(pixels - np.float32(place + drift * t)) + halo * glow
-        image = gain * (edge * surface(local) + (1 - edge) * around)
+        image = edge * surface(local) + (1 - edge) * around
         yield np.clip(image * 255, 0, 255).astype(np.uint8)
 
 

@@ -226,7 +226,8 @@ def pretrain_clips(demo, **changes):
 def pretraining(demo, out, *more):
     """The arguments of a run of pretrain.py: 20 steps on 40 videos."""
     usual = """--recipe demo --encoder vit_tiny --frames 4 --size 32 --patch 8 --mask-ratio 0.75 --max-shift 4
-        --batch-size 8 --epochs 4 --amp none --warmup-epochs 1 --log-every 4 --save-every 3 --picture-every 0 --workers 0"""
+        --batch-size 8 --epochs 4 --amp none --warmup-epochs 1 --log-every 4 --save-every 3 --picture-every 0
+        --workers 0"""
     return [*usual.split(), "--data", f"{demo}/train.txt", "--out", str(out), *map(str, more)]
 
 
