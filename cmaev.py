@@ -16,7 +16,7 @@ Read it beside the paper, from top to bottom. The method comes first; file readi
 Each number is marked with its source: the paper or public code of [VideoMAE], [CMAE], [ConvMAE], [MAE], ...; [choice]:
 ours, where none of them gives a value.
 Shapes: B clips, T frames, H x W pixels; N tokens, N_v visible, N_m masked; D encoder width; (T', H', W') token grid.
-A cube is the pixels of one token: a tubelet of frames x patch x patch. A tube is all tokens at one spatial position.
+A cube is the pixels of one token: tubelet frames x patch x patch pixels. A tube is all tokens at one spatial position.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def token_grid(frames, size, tubelet, patch):
     height, width = (size, size) if isinstance(size, int) else size
     if frames % tubelet or height % patch or width % patch:
         raise CMAEVError(f"a clip of {frames} frames of {height}x{width} pixels does not divide into cubes of "
-                         f"{tubelet} frames of {patch}x{patch}: frames and size must be multiples")
+                         f"{tubelet} frames of {patch}x{patch}: frames and size must be multiples of these")
     return frames // tubelet, height // patch, width // patch
 
 
@@ -122,7 +122,7 @@ def tube_mask(batch, grid, ratio, generator=None):
 def visible_and_masked(mask, device=None):
     """Returns the indices of the visible [B, N_v] and masked [B, N_m] tokens of a bool mask: int64, ascending.
 
-    Keep the mask on the CPU: the counts are then known, and the indices copied to `device`, without synchronisation.
+    Keep the mask on the CPU: then neither the counts nor the copy of the indices to `device` need a synchronisation.
     """
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) > 1 or not 0 < counts[0] < mask.shape[1]:
@@ -169,7 +169,7 @@ class CubeEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: [B, N, D] -> [B, N, D]. VideoMAE has no key bias, which does not change a softmax."""
+    """Multi-head self-attention: [B, N, D] -> [B, N, D]. VideoMAE has no key bias; one does not change the softmax."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -195,7 +195,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: [B, N, D] -> [B, N, D]. `drop_path`: stochastic depth, the rate per clip."""
+    """Pre-norm transformer block: [B, N, D] -> [B, N, D]. `drop_path`: rate of stochastic depth, drawn per clip."""
 
     def __init__(self, width, heads, drop_path=0.0):
         super().__init__()
@@ -281,9 +281,9 @@ class VisionTransformer(Encoder):
 
 
 def tokens_to_map(x, grid, visible=None):
-    """Scatters the visible tokens' features into the dense map: [B, N_v, s, s, C] -> [B, C, T', H' s, W' s], else zero.
+    """Scatters the visible tokens' features into the dense map: [B, N_v, s, s, C] -> [B, C, T', H' s, W' s].
 
-    The map is channels-last in memory: oneDNN's depthwise convolution is three times as fast on it.
+    The rest is zero. The map is channels-last in memory: oneDNN's depthwise convolution is three times as fast on it.
     """
     if visible is not None:
         dense = x.new_zeros(x.shape[0], math.prod(grid), *x.shape[2:])
@@ -302,7 +302,7 @@ def merge_2x2(x):
 
 
 def tube_windows(x, grid, visible, border):
-    """Returns each visible token's window, its features and `border` more to each side, zero where masked or outside.
+    """Returns each visible token's window: its features and a border of `border` features, zero if masked or outside.
 
     [B, N_v, s, s, C] -> [C, B, T', N_v / T', (s + 2 border)^2]. For s = 1, border = 2, a token x and a visible v:
         . . . . .
@@ -344,9 +344,9 @@ class ConvBlock(nn.Module):
         """The depthwise 5 x 5 x 5 convolution at the visible tokens: [B, N_v, s, s, C] -> the same.
 
         Equals map_to_tokens(depthwise(tokens_to_map(x, grid, visible)), grid) at the visible tokens, but computes no
-        others: at 90 % masking 10 to 20 times as fast on a CPU. It is a matrix product per window: applied to one-hot
-        images, the kernel's 5 temporal taps give the matrix. Each tap's result is shifted in time, and all are summed.
-        In float32 on a CPU: oneDNN's bf16 weight gradient is wrong with channels-last input (torch 2.14, 2.15).
+        others: at 90 % masking 10 to 20 times as fast on a CPU. Each window is multiplied by one matrix: the kernel's 5
+        temporal taps applied to one-hot images. Each tap's result is shifted in time, and all are summed. On a CPU it
+        runs in float32: oneDNN's bf16 weight gradient is wrong with channels-last input (torch 2.14, 2.15).
         """
         with torch.autocast("cpu", enabled=False):
             x = x.float() if x.device.type == "cpu" else x
@@ -556,9 +556,9 @@ def reconstruction_loss(prediction, clip, masked, grid):
 def info_nce(query, key, temperature, video=None):
     """Equations 4 and 5: cosine similarity and InfoNCE over the keys of all ranks, with the same B on each rank.
 
-    query, key [B, C]; row i of both is of the same clip, the keys of other videos are negatives. `video`: int64 [B],
-    the clips' videos; without it each clip is of its own. Returns the loss and the share of queries whose most similar
-    key is the positive; float32 scalars.
+    query, key [B, C]; row i of both is the same clip; keys of other videos are negatives. `video`: int64 [B],
+    the index of each clip's video; without it all clips are from different videos. Returns the loss and the share of
+    queries whose most similar key is the positive; float32 scalars.
     """
     query, keys = F.normalize(query.float(), dim=1), gather_over_ranks(F.normalize(key.float(), dim=1))
     with torch.autocast(query.device.type, enabled=False):
@@ -656,10 +656,10 @@ def backward_in_parts(model, parallel, parts, views, scaler, autocast):
     """Backward pass of a batch in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
 
     `parts`: the loader's dicts; views(part): the arguments of `parallel`, which is the model or its DDP wrapper.
-    Gradient accumulation would be another method, as InfoNCE and the heads' batch norm couple all clips. But L_c sees
+    Gradient accumulation gives another gradient, since InfoNCE and the heads' batch norm couple all clips. But L_c sees
     the encoder only through the features f of the clips. Let g be the gradient of lambda_c L_c with respect to f. Then
-    <f, g> has the same gradient in the encoder, and it is a sum over clips. The cost: the encoder runs twice on its
-    visible tokens.
+    <f, g> has the same gradient with respect to the encoder, and it is a sum over clips. The cost: the encoder runs
+    twice on its visible tokens.
     """
     kept, features, replaced = [], [], 0
     for part in parts:  # 1. the features of all micro-batches, without gradient
@@ -687,7 +687,7 @@ def backward_in_parts(model, parallel, parts, views, scaler, autocast):
                 losses = parallel(*clips)  # without a target: the reconstruction alone
                 loss = losses["loss"] / len(kept)
                 reconstruction = reconstruction + loss.detach()
-                if model.contrast_weight and last:  # L_c itself: the heads get their gradient, all parameters take part
+                if model.contrast_weight and last:  # L_c itself: gives the heads their gradient too
                     f = torch.cat([f.detach()[:-batch], losses["feature"].float()])
                     loss = loss + model.contrast_weight * model.contrast(f, target_feature, video)[0]
                 elif model.contrast_weight:
@@ -782,9 +782,9 @@ def draw_colors():
 def color_parameters(brightness, contrast, saturation, hue, sigma):
     """Returns float32 [11]: a 3 x 3 colour matrix, the weight of the clip's mean luma, the blur's sigma in pixels.
 
-    Takes scalars: torchvision's factors, hue as a fraction of a full turn. All but the blur become one affine map, in
-    this order, clamped once [choice]: hue turns the IQ plane, contrast mixes in the clip's mean luma. torchvision draws
-    the order, shifts hue in HSV, takes each frame's mean, and clamps after each.
+    Takes scalars: torchvision's factors, hue as a fraction of a full turn. All but the blur form one affine map, in
+    argument order, clamped once [choice]: hue rotates the IQ plane, contrast mixes in the clip's mean luma. torchvision
+    uses a random order, shifts hue in HSV, takes each frame's mean, and clamps after each.
     """
     yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
@@ -879,7 +879,7 @@ class PretrainClips(VideoClips):
     `grid`: the encoder's token grid. `repeats`: clips per opened video, each with its own start, shift, crop and mask
     [mae_st]. dataset[epoch, index], R = repeats, S = size:
         online    uint8 [R, T, 3, S, S]   the view to be masked
-        target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`, as colors and video
+        target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`, like colors and video
         colors    float32 [R, 11]         the target's colour augmentation (draw_colors)
         video     int64 [R]               index of the video in `videos`
         mask      bool [R, N]             True = masked
@@ -990,7 +990,7 @@ class Video:
     def read(self, indices):
         """The frames at `indices` (integers in [0, len), in any order, repeats allowed) -> uint8 RGB [T, H, W, 3].
 
-        Decodes each frame at most once, and turns or mirrors it as the file asks for.
+        Decodes each frame at most once, and rotates or flips it as the file's metadata says.
         """
         frames = self.frames(indices)
         return torch.stack([frames[int(i)] for i in indices])
@@ -1054,9 +1054,9 @@ class Video:
     def _index_packets(self):
         """Indexes the times of frames and key frames without decoding. Returns True if the index can be trusted.
 
-        It can [choice] if the format has a timestamp per frame and the codec a frame per packet, the first packet is
-        a key frame and the first frame, times are distinct, decoding times rise, and no packet is damaged. Packets that
-        an edit list discards are not shown.
+        Conditions [choice]: the format has a timestamp per frame and the codec a frame per packet, the first packet
+        is a key frame and the first frame (an IDR frame in H.264), times are distinct, decoding times rise, B-frames
+        reorder the two, and no packet is damaged. Packets that an edit list discards are not shown.
         """
         codec, packets, decoding = self.codec.codec.canonical_name, [], -math.inf
         if self.container.format.name.split(",")[0] not in INDEXED or codec not in ONE_TO_ONE:
@@ -1072,8 +1072,8 @@ class Video:
         except av.error.FFmpegError:
             return False
         times = [time for time, _, _ in packets]
-        unordered = self.codec.has_b_frames and times == sorted(times)  # the times are decoding times
-        if unordered or len(set(times)) < len(times) or not times or times[0] > min(times) or not packets[0][1]:
+        dts_as_pts = self.codec.has_b_frames and times == sorted(times)  # B-frames would reorder presentation times
+        if dts_as_pts or len(set(times)) < len(times) or not times or times[0] > min(times) or not packets[0][1]:
             return False
         self.times = sorted(time for time, _, discard in packets if not discard)
         self.keys = sorted(time for time, key, _ in packets if key)
@@ -1112,12 +1112,12 @@ class Video:
                     if i == left[0]:
                         yield left.popleft(), self._to_rgb(frame)
                     if not left or key_before(left[0]) > self.times[min(i + 16, self.length - 1)]:
-                        break  # seek only if the next key frame is more than 16 frames ahead, the decoder's delay
+                        break  # seek if the wanted frame's key frame is over 16 frames ahead, the decoder's delay
                 else:
                     return
 
     def _decode(self, asked):
-        """Yields the frames from here to the end. Skips unreferenced frames whose time is not in `asked`."""
+        """Yields the frames from here to the end. Skips non-reference frames whose time is not in `asked`."""
         for packet in self._packets():
             self.codec.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
             yield from self.codec.decode(packet)
@@ -1154,7 +1154,7 @@ class Video:
                 return
 
     def _to_rgb(self, frame):
-        """A decoded frame -> uint8 RGB [H, W, 3], at the size of the first one and as its display matrix says.
+        """A decoded frame -> uint8 RGB [H, W, 3], scaled to the first frame, rotated and flipped by its display matrix.
 
         The matrix maps column x and row y of the stored picture to column a x + c y and row b x + d y of the shown one.
         """
@@ -1167,7 +1167,7 @@ class Video:
             return image
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
         if min(abs(a) + abs(d), abs(b) + abs(c)) > 0.02 * max(abs(a) + abs(d), abs(b) + abs(c)):
-            raise BadVideo(f"{self.path}: is turned by an angle that is no multiple of 90 degrees: turn it upright")
+            raise BadVideo(f"{self.path}: is rotated, but not by a multiple of 90 degrees: rotate it upright")
         if abs(a) + abs(d) < abs(b) + abs(c):
             image, a, d = image.transpose(0, 1), c, b
         return image.flip([axis for axis, direction in ((0, d), (1, a)) if direction < 0])
@@ -1179,7 +1179,7 @@ def natural_order(name):
 
 
 HIDDEN = {"@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
-          "__pycache__"}  # what file managers, NAS boxes and notebooks leave, beside names that begin with a dot
+          "__pycache__"}  # what file managers, NAS boxes and notebooks leave, besides names that begin with a dot
 
 
 def is_image(name):
@@ -1192,8 +1192,8 @@ def read_list(path):
 
     A list has one video per line: `path label`, `path,label`, VideoMAE's `path frames label`, or `path`; labels are
     integers. Paths may hold spaces, and relative ones are relative to the list. If the whole line is a path that
-    exists, the video has no label. In a folder, the labels number the class folders root/class/ that hold videos, at
-    any depth, in alphabetical order; videos that lie in the root itself have no label. Hidden entries are ignored. The
+    exists, the video has no label. In a folder, each class folder root/class/ that holds videos, at any depth, is one
+    label, in alphabetical order; videos that lie in the root itself have no label. Hidden entries are ignored. The
     number of files left out is printed.
     Raises CMAEVError, with the line's number, for a bad line or a path that does not exist.
     """
@@ -1225,12 +1225,12 @@ def _read_folder(root):
         return videos
 
     videos = videos_in(root)
-    in_class = {path: os.path.relpath(path, root).split(os.sep) for path in videos}
-    names = sorted({parts[0] for parts in in_class.values() if len(parts) > 1})
+    parts_of = {path: os.path.relpath(path, root).split(os.sep) for path in videos}
+    names = sorted({parts[0] for parts in parts_of.values() if len(parts) > 1})
     label = {name: i for i, name in enumerate(names)}
     if left_out:
         print0(f"{root}: {len(left_out)} files are not videos and are left out, for example {left_out[0]}")
-    return [(path, label[parts[0]] if len(parts) > 1 else None) for path, parts in in_class.items()]
+    return [(path, label[parts[0]] if len(parts) > 1 else None) for path, parts in parts_of.items()]
 
 
 PATH_AND_NUMBER = re.compile(r"(.*[^\s,])[\s,]+(-?\d+)", re.DOTALL)
@@ -1243,7 +1243,7 @@ def _read_list_file(path):
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise CMAEVError(f"{path}: is no text: give a list with one `path label` per line")
+        raise CMAEVError(f"{path}: is not a text file: give a list with one `path label` per line")
     in_folder = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
 
     def listed(name):  # asks the file system once per folder
@@ -1264,7 +1264,7 @@ def _read_list_file(path):
             name, *word = re.split(r"[\s,]+(?=[^\s,]+$)", line)
             reason = f"{readings[min(1, len(readings) - 1)][0]} does not exist"
             if word and not match and os.path.exists(os.path.join(os.path.dirname(path), name)):
-                reason = f"label {word[0]!r} is no integer"
+                reason = f"label {word[0]!r} is not an integer"
             raise CMAEVError(f"{path}, line {number}: {reason}: correct the line or take it out")
         videos.append(video)
     return videos
@@ -1308,7 +1308,7 @@ HUGGING_FACE = (  # this project's and Hugging Face's names; "^": at the start
 )
 WRAPPERS = "model", "module", "state_dict", "model_state", "teacher"  # where training scripts put the weights
 
-# Types that other projects' checkpoints hold beside tensors: settings with paths, numpy's scalars and arrays
+# Types that other projects' checkpoints hold besides tensors: settings with paths, numpy's scalars and arrays
 SAFE_GLOBALS = [argparse.Namespace, np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
 for core in ("numpy.core", "numpy._core"):
     SAFE_GLOBALS += [(np.float64(0).__reduce__()[0], f"{core}.multiarray.scalar"),
@@ -1329,8 +1329,8 @@ def rename(name, pairs):
 def convert_keys(state):
     """Renames the weights of VideoMAE's and Hugging Face's state dicts to this project's names.
 
-    Encoder weights get no prefix, decoder weights `decoder.`. Neither stores a key bias (transformers 5 may: it is
-    dropped, as it does not change the softmax).
+    Encoder weights get no prefix, decoder weights `decoder.`. Neither project stores a key bias (transformers 5 may:
+    it is dropped, as it does not change the softmax).
     """
     new = {}
     for name, value in state.items():
@@ -1378,8 +1378,8 @@ def save_encoder(encoder, path, layout="videomae", decoder=None):
 def save_hugging_face(folder, encoder, decoder=None, head=None, names=()):
     """Writes a ViT in Hugging Face's layout: a folder for from_pretrained of transformers.
 
-    Of VideoMAEModel; with a decoder of VideoMAEForPreTraining; with `head` (the state dict of a classifier's fc_norm
-    and head) and its class names of VideoMAEForVideoClassification. Raises CMAEVError for a ConvViT.
+    For VideoMAEModel; with a decoder, for VideoMAEForPreTraining; with `head` (the state dict of a classifier's fc_norm
+    and head) and its class names, for VideoMAEForVideoClassification. Raises CMAEVError for a ConvViT.
     """
     if not isinstance(encoder, VisionTransformer):
         raise CMAEVError("Hugging Face has no ConvViT: only a ViT can be written in its layout")
@@ -1449,7 +1449,7 @@ def read_weights(path):
         except Exception as error:
             code = re.search(r"GLOBAL (\S+)", str(error))
             reason = type(error).__name__ if code is None else (
-                f"it holds a {code[1]}, which could run code: save its state dict alone, where you trust it")
+                f"it holds a {code[1]}, which could run code: if you trust it, save only its state dict")
             raise CMAEVError(f"{file} cannot be read as weights ({reason}): a file of tensors?") from None
         state |= {name: value for name, value in part.items() if torch.is_tensor(value)}
     return convert_keys(state), geometry
@@ -1466,7 +1466,7 @@ def weight_files(path):
             try:
                 return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise CMAEVError(f"{index} is no index of weights: restore it, or give a file of weights") from None
+                raise CMAEVError(f"{index} is not an index of weights: restore it, or give a file of weights") from None
     raise CMAEVError(f"{path}: no such file of weights: give a file, the folder of a run or of a model, or none")
 
 
@@ -1496,7 +1496,7 @@ def load_encoder(path, encoder=None, decoder=None):
 
 
 def encoder_of(state, geometry, path):
-    """Builds the encoder that a state dict of read_weights is of: its sizes are those of the weights.
+    """Builds the encoder for a state dict from read_weights, with the sizes of its weights.
 
     Frames, size and heads are those of `geometry`, or of a run's settings.json or Hugging Face's config.json beside the
     file, else VideoMAE's: 16 x 224, 64 channels per head, and 16 heads in ViT-H and g.
@@ -1536,7 +1536,7 @@ def load_weights(module, state, path, wanted=None):
             raise CMAEVError(f"{path} is of another model: "
                              f"{name} is {list(state[name].shape)}, not {list(value.shape)}")
     if unknown := state.keys() - wanted.keys():
-        raise CMAEVError(f"{path} is of another model: it has {min(unknown)}, which this one has not")
+        raise CMAEVError(f"{path} is of another model: it has {min(unknown)}, which this model does not have")
     module.load_state_dict(state, strict=False)
 
 
@@ -1554,7 +1554,7 @@ def number(kind, interval):
         if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
             raise argparse.ArgumentTypeError(f"{text}: give a number in {interval}")
         return value
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    parse.__name__ = kind.__name__  # argparse names it where the text is not a number
     return parse
 
 
@@ -1592,11 +1592,11 @@ def parse_settings(parser, recipes, argv):
     settings = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(settings), parser))  # a mark that only given flags replace
     by_hand = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not parser}
-    of_run = by_hand & {"eval", "predict", "export", "features"}  # their settings are those of the run or the weights
-    if "data" in by_hand and "recipe" not in by_hand and not of_run:
+    from_run = by_hand & {"eval", "predict", "export", "features"}  # they take the settings of the run or the weights
+    if "data" in by_hand and "recipe" not in by_hand and not from_run:
         fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 (of 224x224, "
-             "sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 48x48)")
-    if "val" in by_hand and "data" not in by_hand and not of_run:
+             "sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 56x56)")
+    if "val" in by_hand and "data" not in by_hand and not from_run:
         fail("--val without --data: give both")
     if "data" in by_hand and "val" not in by_hand:
         settings.val = ""
@@ -1793,7 +1793,7 @@ class Feed:
     """A loader's batches on the device, [videos, repeats, ...] -> [repeats x videos, ...]; masks stay on the CPU.
 
     Clips of one video are not neighbours, so that mixup and cutmix, which mix neighbours, mix different videos.
-    On CUDA the copies run from pinned memory on a stream of their own, beside the step before.
+    On CUDA the copies run from pinned memory on their own stream, during the previous step.
     """
 
     def __init__(self, loader, device):
@@ -1869,7 +1869,7 @@ def learning_rate(step, warmup, steps, start, peak, floor):
 
 
 def set_learning_rate(optimizer, s, step, per_epoch):
-    """Sets each group's learning rate to lr * group["scale"] -> lr. The settings' rates are per 256 clips."""
+    """Sets each group's learning rate to lr * group["scale"] -> lr. The settings' rates are per --batch-size 256."""
     scale = s.batch_size / 256
     lr = learning_rate(step, s.warmup_epochs * per_epoch, s.epochs * per_epoch,
                        scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
@@ -1906,8 +1906,8 @@ class Meter:
     def read(self, step, clips, per_epoch, bad_share):
         """Returns a log line's record (means over steps and ranks, speed, counts) and resets the sums. Synchronises.
 
-        `clips` per step, steps `per_epoch`. Raises CMAEVError if the last MAX_SKIPPED steps were all skipped, or if bad
-        videos exceed `bad_share` of the clips so far (of at least one epoch).
+        `clips` per step; `per_epoch` steps. Raises CMAEVError if the last MAX_SKIPPED steps were all skipped, or if bad
+        videos exceed `bad_share` of the clips so far, or of one epoch's clips if these are more.
         """
         *sums, taken, skipped, replaced = sum_over_ranks(self.sums).tolist()
         seconds, steps = time.perf_counter() - self.began, step - self.step
@@ -2015,7 +2015,7 @@ def unlock_runs():
 
 
 def save_checkpoint(run, step, state, name="checkpoint.pt"):
-    """Writes run/checkpoint.pt on rank 0. `state`: {name: object with a state dict}."""
+    """Writes run/`name` on rank 0. `state`: {name: object with a state dict}."""
     if this_rank() == 0:
         with atomic_write(f"{run}/{name}", "wb") as file:
             torch.save(dict(step=step, **{name: part.state_dict() for name, part in state.items()}), file)
@@ -2050,7 +2050,7 @@ def read_checkpoint(path):
 
 
 def summary_writer(run, step):
-    """TensorBoard's writer for a run's folder. Records after `step`, of an earlier start, disappear."""
+    """TensorBoard's writer for a run's folder. Drops the records after `step` that an earlier start wrote."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -2061,7 +2061,7 @@ def summary_writer(run, step):
 def write_log(run, record, steps, text, board=None):
     """Appends a record to run/log.jsonl and prints it, on rank 0. `text`: the losses' part of the printed line.
 
-    `board`: of summary_writer, which gets the record too.
+    `board`: a summary_writer; it gets the record too.
     """
     if this_rank() == 0:
         for name, value in record.items() if board else ():
@@ -2095,9 +2095,9 @@ def make_demo(folder, kind="scenes", train=400, val=200, seed=0):
     A glowing shape moves over a darker, slowly drifting background; the ten classes are motions. A look is a shape, the
     colours of the shape and those of the background. What varies per video in all classes: size, place, speed, drift
     and angle. `kind` says what a look tells of the class:
-        scenes   each pair of opposite motions has its own shape and 12 looks: a frame tells the pair, as in Kinetics
+        scenes   each pair of adjacent classes has its own shape, in 24 looks: a frame tells the pair, as in Kinetics
         motions  all classes share 8 looks: a frame tells nothing of the class, as in Something-Something
-        looks    each video has its own look, which tells it from all others but nothing of its class
+        looks    each video has its own look, which identifies the video but not its class
     Video i of a split is a pure function of (kind, seed, split, i).
     """
     folder, partial = Path(folder), Path(f"{folder}.partial")
@@ -2116,7 +2116,7 @@ def make_demo(folder, kind="scenes", train=400, val=200, seed=0):
 def write_video(path, frames, rate=24):
     """Writes uint8 RGB frames, each [H, W, 3], as H.264: the same file every time.
 
-    With x264's threads and look-ahead as they are by default, the file depends on how fast the frames come.
+    With x264's default threads and look-ahead, the file depends on how fast the frames come.
     """
     options = {"crf": "18", "preset": "veryfast", "x264-params": "threads=1:sync-lookahead=0:mbtree=0"}
     with av.open(str(path), "w") as container:
@@ -2133,7 +2133,7 @@ def demo_video(label, rng, kind="scenes"):
     """The frames of one demo video, uint8 [H, W, 3] each."""
     motion, shape, look = DEMO_CLASSES[label], label // 2, rng
     if kind == "scenes":
-        look = np.random.default_rng((5, shape, rng.integers(12)))
+        look = np.random.default_rng((5, shape, rng.integers(24)))
     else:
         look = np.random.default_rng((7, rng.integers(8))) if kind == "motions" else rng
         shape = look.integers(len(DEMO_SHAPES))
@@ -2163,7 +2163,7 @@ def demo_video(label, rng, kind="scenes"):
 
 
 def signed_distance(shape, points):
-    """About the distance to the edge of a shape of radius 1, positive inside: [..., 2] -> [...]."""
+    """The approximate distance to the edge of a shape of radius 1, positive inside: [..., 2] -> [...]."""
     x, y = np.abs(points[..., 0]), np.abs(points[..., 1])
     radius = np.hypot(x, y)
     return {"disk": 1 - radius, "square": 0.85 - np.maximum(x, y), "ring": 0.33 - np.abs(radius - 0.7),
@@ -2189,7 +2189,7 @@ def main():
     s = argparse.Namespace(encoder="vit_small", contrast_weight=0.14, temperature=0.07, fusion=True, mask_ratio=0.9,
                            frames=16, size=112, tubelet=2, patch=8, rate=4, max_shift=8)
     if run and not Path(run, "settings.json").exists():
-        raise CMAEVError(f"{run} is no run of pretrain.py: it has no settings.json")
+        raise CMAEVError(f"{run} is not a run of pretrain.py: it has no settings.json")
     if run:
         vars(s).update(json.loads(Path(run, "settings.json").read_text())["settings"])
     torch.manual_seed(0)

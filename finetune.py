@@ -1,4 +1,4 @@
-"""Fine-tunes a pre-trained encoder for action recognition; evaluates, probes and runs the classifier.
+"""Fine-tunes a pre-trained encoder for action recognition; probes the encoder; evaluates and applies the classifier.
 
     python finetune.py                                                   the demo, from the run of `python pretrain.py`
     python finetune.py --probe linear                                    frozen features; or --probe knn
@@ -49,7 +49,7 @@ RECIPES = {
 }
 MACHINE = {"compile", "workers", "tensorboard", "log_every", "save_every"}
 FREE = MACHINE | {"micro_batch", "bad_share", "segments", "crops", "val", "val_every", "eval", "predict", "features",
-                  "export", "best"}  # may change in a run
+                  "export", "best"}  # may change when a run continues
 
 
 # =====================================================================================================================
@@ -126,7 +126,7 @@ def read_test_videos(path, names, by_name):
 
 
 def hold_out(videos, seed):
-    """A seeded tenth of each class, at least one of two videos -> (videos to train on, videos to test on)."""
+    """A seeded tenth of each class, at least one if it has two -> (videos to train on, videos to test on)."""
     with cmaev.seeded(seed) as generator:
         order = torch.randperm(len(videos), generator=generator).tolist()
     tests = set()
@@ -155,7 +155,8 @@ class LabelledClips(cmaev.VideoClips):
 
     `sampling` is "dense" (a stride of `rate`, K400) or "uniform" (one frame per segment, SSv2). For training, `augment`
     is a transform of uint8 [T, 3, H, W] and `repeats` clips come out of one opened video [repeated sampling]. Without
-    it, the clips are the test views: segments x crops, crops along the long side. dataset[epoch, index], V clips:
+    `augment`, the clips are the test views: segments x crops, crops along the long side.
+    dataset[epoch, index], V clips:
         clip      uint8 [V, T, 3, S, S]   black where a test video cannot be read
         label     int64 [V]
         index     int64 [V]
@@ -223,9 +224,9 @@ def training_augmentation(size, smallest_crop, flip, rand_augment, erasing):
 
 
 def mixing(mixup, cutmix, classes):
-    """Mixup and cutmix with these alphas (0: without), one of the two per step, by torchvision -> a function:
+    """Mixup and cutmix with these alphas (0: without), one of the two per micro-batch -> a function:
 
-    clips [B, ..., H, W], labels int64 [B] -> mixed clips, soft labels [B, classes]. One share per batch [timm].
+    clips [B, ..., H, W], labels int64 [B] -> mixed clips, soft labels [B, classes]. One lambda per micro-batch [timm].
     """
     chosen = [transform(alpha=alpha, num_classes=classes)
               for transform, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
@@ -247,8 +248,7 @@ def mixing(mixup, cutmix, classes):
 class Classifier(nn.Module):
     """Mean of all tokens, LayerNorm, linear head [VideoMAE]: clip [B, 3, T, H, W] -> logits [B, classes].
 
-    The norm of the mean takes the place of the encoder's own. `names` and `test_clips`, which `predict` needs, are set
-    by `load`.
+    `fc_norm` replaces the encoder's final norm. `build` sets `names` and `test_clips`, which `predict` needs.
     """
 
     def __init__(self, encoder, classes):
@@ -323,7 +323,7 @@ def layer_groups(model, weight_decay, layer_decay):
 def linear_probe(train, labels, test, classes, steps=500):
     """Linear classifier on frozen features, after a batch norm without affine [MAE] -> scores of `test` [M, classes].
 
-    train [n, D], labels int64 [n], test [M, D]. Whole-batch AdamW under a cosine: no augmentation, no choice of order.
+    train [n, D], labels int64 [n], test [M, D]. Full-batch AdamW with a cosine schedule, without augmentation.
     """
     if len(train) < 2:
         raise cmaev.CMAEVError("a linear probe needs two or more training videos that can be read")
@@ -352,7 +352,7 @@ def nearest_neighbours(train, labels, test, classes, k=20, temperature=0.07):
 
 @torch.no_grad()
 def score_videos(function, clips, batch, workers, device):
-    """function(float clips [n, 3, T, H, W]) -> [n, C] on all views of all videos, mean over a video's views -> [M, C].
+    """Applies function(clips [n, 3, T, H, W]) -> [n, C] to all views; returns the mean over each video's views [M, C].
 
     Rank r takes the videos r, r + world, ...: each video once. The row of a video that cannot be read is NaN.
     """
@@ -412,23 +412,23 @@ def read_settings():
     add("--best", action=flag, default=False, help="--eval, --predict, --export: best.pt instead of checkpoint.pt")
     add("--init", help="weights: a run of pretrain.py, a file of this project, VideoMAE or Hugging Face, or none")
     add("--names", metavar="FILE", default="", help="names of the classes of a list, one per line, label 0 first")
-    add("--val-every", type=cmaev.WHOLE, default=5, help="epochs between evaluations of one view, for best.pt; 0: none")
+    add("--val-every", type=cmaev.WHOLE, default=5, help="epochs between one-view tests, which choose best.pt; 0: none")
 
     add = parser.add_argument_group("clips").add_argument
     add("--sampling", choices=["dense", "uniform"], default="dense", help="every rate-th frame, or one per segment")
     add("--rate", type=cmaev.COUNT, default=4, help="sampling rate r of dense sampling")
-    add("--repeats", type=cmaev.COUNT, default=2, help="clips per opened video, beside the batch size")
+    add("--repeats", type=cmaev.COUNT, default=2, help="clips per opened video; a step has batch size x repeats")
     add("--smallest-crop", type=cmaev.number(float, "(0, 1]"), default=0.08, help="as a share of the frame's area")
     add("--flip", action=flag, default=True, help="horizontal flips; SSv2 has left and right as labels")
     add("--rand-augment", action=flag, default=True, help="RandAugment, four operations of strength 7")
     add("--erasing", type=cmaev.SHARE, default=0.25, help="probability of random erasing")
     add("--mixup", type=cmaev.NOT_NEGATIVE, default=0.8, help="alpha; 0: none")
-    add("--cutmix", type=cmaev.NOT_NEGATIVE, default=1.0, help="alpha; 0: none; with mixup, one of the two per step")
+    add("--cutmix", type=cmaev.NOT_NEGATIVE, default=1.0, help="alpha; 0: none; if both, one per micro-batch")
     add("--segments", type=cmaev.COUNT, default=5, help="test clips per video, over time")
     add("--crops", type=cmaev.COUNT, default=3, help="test crops per clip, over space")
 
     add = parser.add_argument_group("regularisation").add_argument
-    add("--layer-decay", type=cmaev.number(float, "(0, 1]"), default=0.75, help="of the rate, from a layer to the last")
+    add("--layer-decay", type=cmaev.number(float, "(0, 1]"), default=0.75, help="learning rate / the next layer's")
     add("--drop-path", type=cmaev.BELOW_ONE, default=0.1, help="stochastic depth of the last block")
     add("--smoothing", type=cmaev.BELOW_ONE, default=0.1, help="label smoothing")
     add_shared_settings(parser)
@@ -440,7 +440,7 @@ def read_settings():
     if s.predict is not None:
         s.predict += files
         if not s.predict:
-            raise cmaev.CMAEVError("--predict: name one or more videos; behind -- where a name begins with -")
+            raise cmaev.CMAEVError("--predict: name one or more videos; after -- if a name begins with -")
     if s.eval or s.predict or s.export:
         record, _ = read_record(s.out, s.best)
         for name in record["settings"].keys() - by_hand - MACHINE - {"out"}:
@@ -545,7 +545,7 @@ def main():
     model.train()
     for step in range(start, steps):
         lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
-        torch.manual_seed(cmaev.seed_of(s.seed, step, cmaev.this_rank()))  # of mixup and drop path: for restarts
+        torch.manual_seed(cmaev.seed_of(s.seed, step, cmaev.this_rank()))  # mixup, drop path: the same after a restart
         step_loss = replaced = 0
         for part in range(parts):
             batch = next(feed)
@@ -604,12 +604,12 @@ def probe(s, videos, tests, names, score, device):
                                   patch=s.patch)
     if s.init != "none":
         cmaev.load_encoder(s.init, encoder)
-    known, unknown = (pooled_features(s, encoder, listed, score, device) for listed in (videos, tests))
-    labels, read = torch.tensor([label for _, label in videos]), ~known.isnan().any(dim=1)
+    train, test = (pooled_features(s, encoder, listed, score, device) for listed in (videos, tests))
+    labels, read = torch.tensor([label for _, label in videos]), ~train.isnan().any(dim=1)
     scores = dict(linear=linear_probe, knn=nearest_neighbours)[s.probe](
-        known[read], labels[read], unknown.nan_to_num(), len(names))
+        train[read], labels[read], test.nan_to_num(), len(names))
     right = scores.argmax(dim=1) == torch.tensor([label for _, label in tests])
-    top1 = 100 * float((right & ~unknown.isnan().any(dim=1)).float().mean())
+    top1 = 100 * float((right & ~test.isnan().any(dim=1)).float().mean())
     cmaev.print0(f"{s.probe} probe of {s.init}: top-1 {top1:.2f} % of {len(tests)} videos, {len(videos)} labels "
                  f"(chance {100 / len(names):.2f} %)")
 

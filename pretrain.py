@@ -24,7 +24,7 @@ from torchvision.utils import make_grid
 DEMO = "data/demo/train.txt"
 METRICS = ("loss", "reconstruction", "contrast", "accuracy")
 
-# What differs from the defaults of the flags below, which are the paper's for K400; see README, "Where the paper is
+# Differences from the flags' defaults, which are the paper's for K400; see README, "Where the paper is
 # silent"
 RECIPES = {
     "demo": dict(data=DEMO, out="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=56, patch=8, mask_ratio=0.8,
@@ -36,7 +36,7 @@ RECIPES = {
     "ssv2": dict(out="runs/pretrain-ssv2", rate=2, max_shift=4),
 }
 FREE = {"compile", "workers", "micro_batch", "tensorboard", "log_every", "save_every", "picture_every", "val",
-        "bad_share"}  # may change in a run
+        "bad_share"}  # may change when a run continues
 
 
 def add_shared_settings(parser):
@@ -47,7 +47,7 @@ def add_shared_settings(parser):
     add("--val", default="", help="the same: pre-training logs L_r of these videos, fine-tuning evaluates on them")
     add("--out", help="the run's folder")
     add("--subset", type=cmaev.WHOLE, default=0, help="only the first N videos of a seeded shuffle")
-    add("--bad-share", type=cmaev.SHARE, default=0.05, help="largest share of clips whose video cannot be read")
+    add("--bad-share", type=cmaev.SHARE, default=0.05, help="stop if more than this share of clips is of bad videos")
 
     add = parser.add_argument_group("model").add_argument
     add("--encoder", default="vit_base", help=", ".join(cmaev.ENCODERS))
@@ -61,7 +61,7 @@ def add_shared_settings(parser):
     add("--epochs", type=cmaev.COUNT, default=800, help="passes over the videos")
     add("--warmup-epochs", type=cmaev.WHOLE, default=40, help="epochs of linear warm-up")
     add("--batch-size", type=cmaev.COUNT, default=2048, help="clips (fine-tuning: videos) per step over all ranks")
-    add("--micro-batch", type=cmaev.WHOLE, default=0, help="of these, a rank's share per pass, for memory; 0: all")
+    add("--micro-batch", type=cmaev.WHOLE, default=0, help="of these, per rank and pass, to save memory; 0: all")
     add("--lr", type=cmaev.POSITIVE, default=1.5e-4, help="base learning rate, times batch size / 256")
     add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, times batch size / 256")
     add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-5, help="end of the cosine, times batch size / 256")
@@ -72,7 +72,8 @@ def add_shared_settings(parser):
     add("--seed", type=cmaev.WHOLE, default=0, help="of the weights, the order and the samples")
 
     add = parser.add_argument_group("machine and output").add_argument
-    add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto", help="auto: what the device is fast at")
+    add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
+        help="auto: bf16 if the device is fast at it, else fp16 (GPU) or none (CPU)")
     add("--compile", action=flag, default=False, help="torch.compile")
     add("--workers", type=cmaev.WHOLE, help="decoding processes per rank; on a GPU one per core, at most 16, else 2")
     add("--tensorboard", action=flag, default=False, help="also writes the log for TensorBoard")
@@ -84,14 +85,14 @@ def read_settings():
     parser = cmaev.argument_parser(__doc__)
     add = parser.add_argument_group("method").add_argument
     add("--init", default="none", help="weights to start from: a run, a file of this project, VideoMAE or Hugging Face")
-    add("--repeats", type=cmaev.COUNT, default=1, help="clips per opened video; an epoch has so many times the steps")
+    add("--repeats", type=cmaev.COUNT, default=1, help="clips per opened video; multiplies the steps per epoch")
     add("--rate", type=cmaev.COUNT, default=4, help="sampling rate r: every r-th frame")
     add("--max-shift", type=cmaev.WHOLE, default=8, help="p: the target view starts 0 to p frames later")
     add("--mask-ratio", type=cmaev.number(float, "(0, 1)"), default=0.9, help="share of masked tubes")
     add("--contrast-weight", type=cmaev.NOT_NEGATIVE, default=0.14, help="lambda_c; 0: VideoMAE or video ConvMAE")
     add("--temperature", type=cmaev.POSITIVE, default=0.07, help="tau of InfoNCE")
-    add("--momentum", type=cmaev.SHARE, default=0.996, help="of the target encoder")
-    add("--color-augment", action=argparse.BooleanOptionalAction, default=True, help="colours of the target view")
+    add("--momentum", type=cmaev.SHARE, default=0.996, help="EMA momentum of the target encoder")
+    add("--color-augment", action=argparse.BooleanOptionalAction, default=True, help="augment the target's colours")
 
     add = parser.add_argument_group("pictures of reconstructions").add_argument
     add("--picture-every", type=cmaev.WHOLE, default=1000, help="steps per picture; 0: none")
@@ -241,7 +242,7 @@ def held_out_reconstruction(model, clips, s, device):
 
 
 def picture(model, clips, device, count=3, columns=8):
-    """Frames of the first videos, a row each: original, masked, mean colours, reconstructed -> uint8 [3, H, W].
+    """Frames of the first videos, four rows each: original, masked, mean colours, reconstructed -> uint8 [3, H, W].
 
     Small frames are enlarged.
     """

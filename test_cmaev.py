@@ -1017,7 +1017,7 @@ def test_display_matrix(tmp_path, matrix, shown):
     if shown:
         assert np.array_equal(turned.read(range(5)), shown(decode_all(upright)))
     else:
-        with pytest.raises(cmaev.BadVideo, match="no multiple of 90 degrees"):
+        with pytest.raises(cmaev.BadVideo, match="not by a multiple of 90 degrees"):
             turned.read([0])
 
 
@@ -1158,7 +1158,7 @@ def test_lists_of_kinetics(tmp_path, monkeypatch, capsys):
         [(f"{root}/xyz.mkv", 1)], [(f"{root}/abseiling a rope/-a_b1234567_000010_000020.mp4", 0)],
         [(f"{root}/xyz.mkv", None)]]
     assert (tmp_path / "out" / "names.txt").read_text() == "abseiling\nzumba, slow\n"
-    for arguments, words in (((tmp_path / "other.csv", *usual), "is no Kinetics CSV"), (
+    for arguments, words in (((tmp_path / "other.csv", *usual), "is not a Kinetics CSV"), (
             (files[0], "--videos", tmp_path / "out", "--out", tmp_path), "has no video of")):
         end = run_experiment(monkeypatch, lists, *arguments)
         assert end.startswith("error: ") and words in end and "\n" not in end
@@ -1288,7 +1288,7 @@ def test_folders_of_hugging_faces(tmp_path, encoder_without_k_bias, suffix):
             cmaev.load_encoder(tmp_path, small_encoder("vit"))
     for text in ("{}", "no json", "[]"):
         index.write_text(text)
-        with pytest.raises(cmaev.CMAEVError, match="is no index of weights"):
+        with pytest.raises(cmaev.CMAEVError, match="is not an index of weights"):
             cmaev.load_encoder(tmp_path, small_encoder("vit"))
 
 
@@ -1401,7 +1401,8 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
     *((pretrain, *row) for row in {
         "--data nowhere.txt": "nowhere.txt: no such list", "--data empty.txt": "empty.txt: no videos in it",
         "--data nothing": "nothing: no videos in it", "--data gone.txt": "gone.txt, line 2: lost.mp4 does not exist",
-        "--data label.txt": "label.txt, line 1: label 'jump' is no integer", "--data good.mp4": "good.mp4: is no text",
+        "--data label.txt": "label.txt, line 1: label 'jump' is not an integer",
+        "--data good.mp4": "good.mp4: is not a text file",
         "--data audio.txt --repeats 4": "audio.mp4: has no video stream", "--size 50": "50x50 pixels does not divide",
         "--data text.txt --repeats 4": "text.mp4: cannot be opened as a video", "--frames 3": "3 frames of 56x56",
         "--data late.txt --workers 1 --out late": "ten videos in a row cannot be read, the last one: audio.mp4: has no",
@@ -1674,7 +1675,7 @@ def test_one_clip_through_the_method(demo, undisturbed, tuned, tmp_path, monkeyp
     assert end_of(path) is None and "[4, 160, 384]" in capsys.readouterr().out
     for arguments, words in (((), "give a video"), ((wrong / "audio.mp4",), "audio.mp4: has no video stream"),
                              ((wrong / "text.mp4",), "cannot be opened as a video"),
-                             ((path, tmp_path), "is no run of pretrain.py"), ((path, tuned), "is of another model")):
+                             ((path, tmp_path), "is not a run of pretrain.py"), ((path, tuned), "is of another model")):
         end = end_of(*arguments)
         assert end.startswith("error: ") and words in end and "\n" not in end
 

@@ -5,15 +5,15 @@
 #     bash experiments/ablation.sh results.jsonl '^motions '      those rows of the list below that match
 #     python -m experiments.table results.jsonl                   means ± standard deviations over seeds
 #
-# 1,000 videos to pre-train on, 200 labels, 500 other videos to test on. Each measurement appends a line {"row": ...,
+# 1,000 videos to pre-train on, 100 labels, 500 other videos to test on. Each measurement appends a line {"row": ...,
 # "seed": ..., "measure": ..., "value": ...} once. The measures: linear and knn probe and fine-tuned, top-1 in per cent;
 # held-out, L_r of the test videos. A CMAE-V row takes seven minutes of one core of an AMD EPYC. On a GPU, give your own
 # videos, recipe and numbers in the next lines.
 set -euo pipefail
 export RESULTS=${1:?give the file of results} OMP_NUM_THREADS=1
 export COMMON="--recipe demo --workers 0"
-export PRETRAIN="--epochs 14 --warmup-epochs 1 --picture-every 250 --save-every 1000"
-export TUNE="--subset 200 --epochs 20 --val-every 0"
+export PRETRAIN="--epochs 20 --warmup-epochs 1 --picture-every 250 --save-every 1000"
+export TUNE="--subset 100 --epochs 40 --val-every 0"
 PROCESSES=2
 
 rows() {  # set, name, seed, encoder, flags of pretrain.py
@@ -70,7 +70,7 @@ row() {
             held-out)
                 value=$(grep -o '"held_out_reconstruction": [0-9.]*' $init/log.jsonl | tail -n 1 | cut -d " " -f 2) ;;
             linear | knn)
-                value=$(python finetune.py $common --init $init --subset 200 --probe $measure | top1) ;;
+                value=$(python finetune.py $common --init $init --subset 100 --probe $measure | top1) ;;
             fine-tuned)
                 python finetune.py $common --init $init $TUNE --out $out >> $out.txt
                 value=$(python finetune.py --eval --out $out | top1) ;;  # also of a run finished before

@@ -31,8 +31,8 @@ def read_entries(path):
                 raise ValueError("no entries")
             return entries
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise cmaev.CMAEVError(f"{path} is no Kinetics CSV (label,youtube_id,time_start,time_end,split) or Something-"
-                               f"Something JSON (id, template): {type(error).__name__} {error}") from None
+        raise cmaev.CMAEVError(f"{path} is not a Kinetics CSV (label,youtube_id,time_start,time_end,split) or "
+                               f"Something-Something JSON (id, template): {type(error).__name__} {error}") from None
 
 
 def main():
