@@ -1593,9 +1593,9 @@ def test_demo_classes_differ_in_motion():
     assert moves["bobbing"]["rows"] > 10 > 5 > moves["bobbing"]["columns"]
 
 
-@pytest.mark.parametrize("kind, per_pair, in_all", [("scenes", 12, 60), ("motions", 8, 8), ("looks", 100, 500)])
+@pytest.mark.parametrize("kind, per_pair, in_all", [("scenes", 24, 120), ("motions", 8, 8), ("looks", 250, 1250)])
 def test_demo_looks_tell_what_they_should(monkeypatch, kind, per_pair, in_all):
-    """Backgrounds and shapes of 100 videos of each pair of opposite motions."""
+    """Backgrounds and shapes of 250 videos of each pair of classes."""
     drawn, demo_texture, signed_distance = [], cmaev.demo_texture, cmaev.signed_distance
     monkeypatch.setattr(cmaev, "demo_texture", lambda rng, lengths, bases: drawn.append(
         tuple(demo_texture(np.random.default_rng(rng.integers(2**40)), lengths, bases)(np.zeros(2)))) or (
@@ -1603,7 +1603,7 @@ def test_demo_looks_tell_what_they_should(monkeypatch, kind, per_pair, in_all):
     monkeypatch.setattr(cmaev, "signed_distance", lambda shape, points: drawn.append(shape) or signed_distance(
         shape, points))
     looks = {}
-    for i in range(500):
+    for i in range(1250):
         drawn.clear()
         next(cmaev.demo_video(i % 10, np.random.default_rng(i), kind))
         looks.setdefault(i % 10 // 2, set()).add((drawn[0], drawn[-1]))  # background, shape
