@@ -2089,7 +2089,7 @@ DEMO_SHAPES = ("disk", "square", "ring", "cross", "triangle")
 DEMO_FRAMES, DEMO_SIDE = 48, 96
 
 
-def make_demo(folder, kind="scenes", train=400, val=200, seed=0):
+def make_demo(folder, kind="motions", train=400, val=200, seed=0):
     """Writes folder/{train,val}/class/*.mp4 (H.264, 48 frames of 96 x 96) and the lists train.txt and val.txt.
 
     A glowing shape moves over a darker, slowly drifting background; the ten classes are motions. A look is a shape, the
@@ -2129,7 +2129,7 @@ def write_video(path, frames, rate=24):
         container.mux(stream.encode(None))
 
 
-def demo_video(label, rng, kind="scenes"):
+def demo_video(label, rng, kind):
     """The frames of one demo video, uint8 [H, W, 3] each."""
     motion, shape, look = DEMO_CLASSES[label], label // 2, rng
     if kind == "scenes":

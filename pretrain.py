@@ -28,7 +28,7 @@ METRICS = ("loss", "reconstruction", "contrast", "accuracy")
 # silent"
 RECIPES = {
     "demo": dict(data=DEMO, out="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=56, patch=8, mask_ratio=0.8,
-                 momentum=0.99, epochs=35, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50, save_every=250,
+                 momentum=0.99, epochs=45, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50, save_every=250,
                  picture_every=250),
     "small": dict(out="runs/pretrain-small", encoder="vit_small", size=112, patch=8, epochs=200, warmup_epochs=20,
                   batch_size=256, micro_batch=64),

@@ -2,7 +2,7 @@
 
     pytest                     everything that a CPU can do
     LONG=1 pytest -k faults    the fault tests at full length
-    GPU=1 pytest -k gpu        what wants a GPU; all other tests run on the CPU, where sums repeat
+    GPU=1 pytest -k gpu        the GPU's tests; all others run on the CPU, where results are deterministic
 
 Run as a script, by the torchrun of the fixture `two_ranks`, this file does one rank's part: work_as_rank, at the end of
 the helpers.
@@ -76,11 +76,11 @@ def write_noise(path, codec="libx264", frames=60, size=(48, 64), pixels="yuv420p
 
 
 def decode_all(path):
-    """Every frame of the best stream: packet by packet, errors passed over, the decoder flushed."""
+    """Every frame of the best stream: packet by packet, errors ignored, the decoder flushed."""
     frames, packet = [], True
     with av.open(str(path), **cmaev.ANY_METADATA) as container:
         stream = container.streams.best("video")
-        stream.codec_context.thread_count = 1  # what is made up for damaged frames depends on it
+        stream.codec_context.thread_count = 1  # FFmpeg conceals damaged frames by it
         packets = container.demux(stream)
         while packet is not None:
             packet = None
@@ -536,7 +536,7 @@ def test_sizes_and_initialisation():
 
 
 def test_flops_of_a_step():
-    """METHOD's tables: 563 G per clip for ViT-B, 697 G for ConvViT-B."""
+    """563 G per clip for ViT-B, 697 G for ConvViT-B, worked out by hand."""
     for name, expected in ("vit_base", 563e9), ("convvit_base", 697e9):
         assert benchmark.clip_flops(cmaev.CMAEV(name), 0.9) == pytest.approx(expected, rel=0.015), name
 
@@ -996,7 +996,7 @@ def test_altered_files(tmp_path, monkeypatch):
         assert np.array_equal(check_frames(path, 60).read(range(60)), decode_all(tmp_path / "v.mp4"))
     parts = [write_noise(tmp_path / f"{size[0]}.h264", frames=20, size=size) for size in ((48, 64), (96, 80))]
     (tmp_path / "both.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
-    assert cmaev.Video(tmp_path / "both.h264").read(range(40)).shape == (40, 48, 64, 3)  # the first one's, as of ffmpeg
+    assert cmaev.Video(tmp_path / "both.h264").read(range(40)).shape == (40, 48, 64, 3)  # the first size, as ffmpeg does
     monkeypatch.setattr(cmaev, "MAX_KEPT", 10 * 48 * 64)
     assert check_frames(write_noise(tmp_path / "v.avi", codec="mpeg4", bf="2"), 60).kept is None
 
@@ -1042,7 +1042,7 @@ def test_read_seeks_and_decodes_once(tmp_path, monkeypatch, b_frames):
     between = [*range(200, 216), *range(6), *range(120, 131)]  # from the key frame before, to the last frame wanted
     if b_frames == 0:
         assert decoded == between
-    else:  # and of those no B-frame that nobody asked for and no other refers to
+    else:  # without unwanted, unreferenced B-frames
         assert {205, 210, 215, 5, 125, 130} <= set(decoded) < set(between) and len(decoded) < 0.8 * len(between)
 
 
@@ -1364,7 +1364,7 @@ def test_hugging_faces_layout_is_read_back(tmp_path):
 
 
 def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
-    """And what it writes is read again."""
+    """What transformers writes loads here, too."""
     transformers = pytest.importorskip("transformers")
     (model, (online, _, mask)), tuned = tiny_model(contrast_weight=0), classifier()
     for p in model.parameters():
@@ -1474,7 +1474,7 @@ def test_decay_groups_and_schedule():
 
 
 def test_feed_puts_clips_of_one_video_apart_and_counts_the_waiting():
-    """Mixup and cutmix mix neighbours."""
+    """Because mixup and cutmix mix neighbours."""
     def slow():
         for _ in range(2):
             time.sleep(0.2)
@@ -1558,7 +1558,7 @@ def test_small_shared_memory_is_one_line(demo, tmp_path):
 
 
 def test_openmp_threads_wait_passively(tmp_path):
-    """Set before torch loads its OpenMP, unless the user has set it. A stand-in for torch tells."""
+    """Set before torch loads its OpenMP, unless the user has set it. A fake torch.py prints the variable."""
     (tmp_path / "torch.py").write_text("import os\nraise SystemExit(os.environ.get('OMP_WAIT_POLICY'))")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     env.pop("OMP_WAIT_POLICY", None)
@@ -1572,7 +1572,7 @@ def test_openmp_threads_wait_passively(tmp_path):
 # 10  Demo ------------------------------------------------------------------------------------------------------------
 
 def test_demo_classes_differ_in_motion():
-    """The same draw under every class: one middle frame, and around it the shape moves as the class says."""
+    """With the same random draws, all classes have the same middle frame and differ in the motion around it."""
     middle, span, moves = cmaev.DEMO_FRAMES // 2, range(8, 41), {}
     for label, name in enumerate(cmaev.DEMO_CLASSES):
         video = np.stack(list(cmaev.demo_video(label, np.random.default_rng(3), "motions"))).astype(int)
@@ -1617,7 +1617,7 @@ def test_demo_is_a_pure_function(demo):
     videos = cmaev.read_list(demo / "train.txt")
     assert [label for _, label in videos] == [i % 10 for i in range(40)]
     for i, (path, label) in enumerate(videos[:6]):  # the same file, however fast its frames come
-        frames = list(cmaev.demo_video(label, np.random.default_rng((0, 0, i)), "scenes"))
+        frames = list(cmaev.demo_video(label, np.random.default_rng((0, 0, i)), "motions"))
         cmaev.write_video(demo.parent / "again.mp4", frames)
         assert (demo.parent / "again.mp4").read_bytes() == Path(path).read_bytes()
         assert np.abs(decode_all(path) - np.stack(frames).astype(float)).mean() < 12  # H.264's losses
@@ -1694,7 +1694,7 @@ def test_tensorboard(demo, tmp_path):
 
 
 def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
-    """`python pretrain.py` at its smallest: makes the videos, trains, leaves what it promises, knows its end."""
+    """`python pretrain.py` at its smallest: makes the videos, trains, writes all its files, reports a finished run."""
     make_demo, folder = cmaev.make_demo, Path("runs/pretrain-demo")
     monkeypatch.setattr(cmaev, "make_demo", lambda folder: make_demo(folder, train=20, val=10))
     monkeypatch.chdir(tmp_path)
@@ -1849,7 +1849,7 @@ def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys, mon
 
 
 def test_fine_tuning_is_watched_and_keeps_the_best(demo, tuned, capsys):
-    """The log has what --eval of a single view says; of equal epochs the first is kept."""
+    """The log has the top-1 of a one-view --eval; best.pt is the first of the best epochs."""
     validated = [line for line in cmaev.read_log(tuned) if "val_top1" in line]
     assert [line["step"] for line in validated] == [4, 6, 9]
     top1 = [line["val_top1"] for line in validated]
@@ -2051,7 +2051,7 @@ def test_faults_bad_videos_are_replaced(demo, spoilt, tmp_path):
     clips, times, used, log = pretrain_clips(demo), [], [], tmp_path / "replaced.jsonl"
     clips.videos, clips.log = cmaev.read_list(demo.parent / "mixed.txt"), log
     gc.collect()
-    gc.disable()  # what waits for Python's collector stays
+    gc.disable()  # reference cycles are not freed
     for _ in range(3):
         for i in range(len(spoilt)):
             began = time.monotonic()
@@ -2216,7 +2216,7 @@ def test_faults_long_run_stays_flat(demo, spoilt):
     process.kill()
     memory, files, processes = zip(*rows)
     assert memory[-1] < 1.03 * memory[1] and len(set(processes)) == 1
-    assert np.mean(files[5:]) < np.mean(files[:5]) + 5  # those of samples on their way come and go
+    assert np.mean(files[5:]) < np.mean(files[:5]) + 5  # samples in flight open and close files
 
 
 @takes_minutes

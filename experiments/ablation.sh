@@ -7,8 +7,8 @@
 #
 # 1,000 videos to pre-train on, 100 labels, 500 other videos to test on. Each measurement appends a line {"row": ...,
 # "seed": ..., "measure": ..., "value": ...} once. The measures: linear and knn probe and fine-tuned, top-1 in per cent;
-# held-out, L_r of the test videos. A CMAE-V row takes seven minutes of one core of an AMD EPYC. On a GPU, give your own
-# videos, recipe and numbers in the next lines.
+# held-out, L_r of the test videos. A CMAE-V row takes ten minutes of one core of an AMD EPYC. On a GPU, change the next
+# lines and the encoders in rows(); your own videos: data/SET/train.txt and val.txt.
 set -euo pipefail
 export RESULTS=${1:?give the file of results} OMP_NUM_THREADS=1
 export COMMON="--recipe demo --workers 0"
@@ -16,7 +16,7 @@ export PRETRAIN="--epochs 20 --warmup-epochs 1 --picture-every 250 --save-every 
 export TUNE="--subset 100 --epochs 40 --val-every 0"
 PROCESSES=2
 
-rows() {  # set, name, seed, encoder, flags of pretrain.py
+rows() {  # set, name (s-: not fine-tuned), seed, encoder, flags of pretrain.py
     for seed in 0 1 2; do for set in scenes motions; do cat <<ROWS
 $set none $seed vit_tiny
 $set mae $seed vit_tiny --contrast-weight 0
@@ -54,13 +54,14 @@ row() {
     set -euo pipefail
     local data=data/$1 name=$1-$2 seed=$3 init=runs/$1-$2-$3 trained="" measures="held-out linear knn fine-tuned"
     local common="$COMMON --data $data/train.txt --val $data/val.txt --seed $3 --encoder $4" measure value
+    local out=runs/few-$1-$2-$3
     case $2 in
         none) init=none trained=yes measures="linear knn fine-tuned" ;;
         s-*) measures="held-out linear knn" ;;
     esac
     shift 4
     for measure in $measures; do
-        local line="{\"row\": \"$name\", \"seed\": $seed, \"measure\": \"$measure\", \"value\":" out=runs/few-$name-$seed
+        local line="{\"row\": \"$name\", \"seed\": $seed, \"measure\": \"$measure\", \"value\":"
         if grep -qsF "$line" "$RESULTS"; then continue; fi
         if [[ ! $trained ]]; then
             python pretrain.py $common --out $init $PRETRAIN "$@" >> $init.txt

@@ -1,4 +1,4 @@
-"""Draws the figures of RESULTS.md from the runs of experiments/ablation.sh (pip install matplotlib).
+"""Draws the figures of RESULTS.md from the demo's run and those of experiments/ablation.sh (pip install matplotlib).
 
     python -m experiments.figures
 
@@ -54,8 +54,9 @@ def curves(name, rows, batch=16):
 
 
 def training(name, run, videos=3):
-    """Draw one video: original, masked, mean colours, and reconstructed at each of the run's pictures."""
-    pictures = [decode_image(str(path)) for path in sorted(Path(run).glob("reconstruction-*.png"))]
+    """Draw one video: original, masked, mean colours, and reconstructed in the run's first and last picture."""
+    files = sorted(Path(run).glob("reconstruction-*.png"))
+    pictures = [decode_image(str(path)) for path in (files[0], files[-1])]
     side = (pictures[0].shape[1] - 2) // (4 * videos)
     rows = [pictures[0][:, :3 * side], *(picture[:, 3 * side:4 * side] for picture in pictures)]
     write_png(torch.cat(rows, dim=1), str(FIGURES / f"{name}.png"))
@@ -87,4 +88,4 @@ for kind in ("scenes", "motions"):
     curves(f"{kind}-curves", {name: [str(run) for run in sorted(Path("runs").glob(f"{kind}-{row}-?"))] for name, row in
                               (("VideoMAE", "mae"), ("CMAE-V", "cmaev"), ("CMAE-V without shift", "noshift"))})
     similarities(f"{kind}-similarity", f"runs/{kind}-cmaev-0", f"data/{kind}/val.txt")
-training("training", "runs/scenes-cmaev-1")
+training("training", "runs/pretrain-demo")

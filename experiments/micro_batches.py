@@ -3,7 +3,7 @@
     python -m experiments.micro_batches [flags of pretrain.py]
 
 Runs batch B in micro-batches of M (default 64 and 8, vit_small, 16 x 112 x 112), batch B at once and batch M, in turn,
-each in a process of its own, with one warm-up step. Prints the median of the rounds, and a line of JSON per round.
+each in a process of its own, with one warm-up step. Prints a line of JSON per process, and the medians of the rounds.
 """
 
 import json

@@ -24,6 +24,6 @@ for line in map(json.loads, open(sys.argv[1])):
 columns = [name for name in MEASURES if any(name in values for values in rows.values())]
 print("| |", " | ".join(columns), "|")
 print("|---" * (len(columns) + 1) + "|")
-for row, values in rows.items():
+for row, values in sorted(rows.items(), key=lambda row: row[0].split("-")[0]):  # the rows of a set together
     cells = (cell(values[name], 3 if name == "held-out" else 1) for name in columns)
     print(f"| {row} |", " | ".join(cells), "|")
