@@ -2,8 +2,8 @@
 
     python -m experiments.colors 16 8 48 20              clips, frames, size, rounds
 
-Prints the median processor time per batch, and the number of operations of one batch except tensor views: about the kernels
-that a GPU would launch. The draws of augment_colors are not timed: the loader's workers make them.
+Prints the median processor time per batch, and the number of operations of one batch except tensor views: about the
+kernels that a GPU would launch. The draws of augment_colors are not timed: the loader's workers make them.
 """
 
 import statistics
