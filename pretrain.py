@@ -24,8 +24,7 @@ from torchvision.utils import make_grid
 DEMO = "data/demo/train.txt"
 METRICS = ("loss", "reconstruction", "contrast", "accuracy")
 
-# Differences from the flags' defaults, which are the paper's for K400; see README, "Where the paper is
-# silent"
+# Differences from the flags' defaults, which are the paper's for K400; see README, "Where the paper is silent"
 RECIPES = {
     "demo": dict(data=DEMO, out="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=56, patch=8, mask_ratio=0.8,
                  momentum=0.99, epochs=45, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50, save_every=250,
