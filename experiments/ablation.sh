@@ -39,6 +39,7 @@ ROWS
 scenes s-longmae 0 vit_tiny --epochs 60 --contrast-weight 0
 scenes s-long 0 vit_tiny --epochs 60
 scenes s-batch64 0 vit_tiny --batch-size 64 --micro-batch 16
+scenes s-longbatch64 0 vit_tiny --batch-size 64 --micro-batch 16 --epochs 80
 motions s-w.5 0 vit_tiny --contrast-weight 0.5
 motions s-nocolor 0 vit_tiny --no-color-augment
 motions s-batch64 0 vit_tiny --batch-size 64 --micro-batch 16
