@@ -33,11 +33,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from bisect import bisect_left, bisect_right
 from collections import deque
 from copy import deepcopy
 from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: waiting OpenMP threads sleep, not spin
@@ -47,10 +50,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from av.sidedata.sidedata import SideDataContainer
+from av.sidedata.sidedata import SideDataContainer, Type as SideDataType
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, write_png
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
@@ -859,15 +861,26 @@ class VideoClips(Dataset):
                     index = int(torch.randint(len(self.videos), (), generator=generator))
             path, label = self.videos[index]
             try:
-                with bad_video(path, "cropped and resized"), seeded(self.seed, *draw) as generator:
-                    sample, replaced = self.sample(Video(path), label, index, generator), attempt > 0
-                    break
+                sample, replaced = self.read_sample(path, label, index, *draw), attempt > 0
+                break
             except BadVideo as error:
                 reason = last_line(error)
                 log_bad_video(path, reason, self.log)
         else:
             sample, replaced = self.no_sample(label, index, reason), True
         return sample | {"replaced": torch.full((len(next(iter(sample.values()))),), replaced)}
+
+    def read_sample(self, path, label, index, *draw):
+        """Returns `sample` of a file, drawn from (seed, *draw); again where a read corrects the file's length."""
+        video = Video(path)
+        while True:
+            length = len(video)
+            try:
+                with bad_video(path, "cropped and resized"), seeded(self.seed, *draw) as generator:
+                    return self.sample(video, label, index, generator)
+            except BadVideo:
+                if len(video) == length:
+                    raise
 
     def no_sample(self, label, index, reason):
         raise CMAEVError(f"ten videos in a row cannot be read, the last one: {reason}")
@@ -927,8 +940,12 @@ CONTAINERS = (  # formats that contain their own frames: no playlists, no refere
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,gif,apng,yuv4mpegpipe,mjpeg,jpeg_pipe,mpjpeg,rm,nut,dv,"
     "ivf,obu,h261,h263,h264,hevc,m4v,vc1,dirac,dnxhd,gxf,wtv,nsv,swf,roq,smk,flic,film_cpk,smjpeg")
 INDEXED = {"mov", "matroska"}  # formats with a timestamp per frame
+SKIPPING = {"h264", "hevc"}  # decoders that can skip frames packet by packet; libdav1d and vp9 cannot
 ONE_TO_ONE = {"h264", "hevc", "av1", "vp9", "mjpeg", "prores"}  # codecs with one shown frame per packet
 ANY_METADATA = {} if int(av.__version__.split(".")[0]) > 18 else dict(metadata_errors="replace")  # default in PyAV 19
+CONVERTED = {0, 1, 2, 4, 5, 6, 7, 9}  # matrices of H.273 that swscale 9 converts to RGB; 2: none given
+SideDataType._missing_ = classmethod(lambda cls, value: cls.PANSCAN)  # PyAV 18 raises for FFmpeg 8.1's newest types
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")  # torchvision: see read_image
 MAX_PIXELS = 2**26  # of one frame
 MAX_BYTES = 2**32  # of the frames of one sample, before they are cropped
 MAX_KEPT = 2**28  # bytes of decoded frames that are kept of a file without an index
@@ -956,23 +973,24 @@ def bad_video(path, what):
 class Video:
     """The sequence of frames that `ffmpeg -i path` shows.
 
-    `path`: a file, whose best video stream is read, or a folder of JPEG or PNG frames in natural order (img_2 before
-    img_10). If a file's packets give a frame index that can be trusted, `read` seeks. Otherwise the file is decoded
-    from the start, once per opened file if its frames take at most MAX_KEPT bytes.
+    `path`: a file, whose best video stream is read, or a folder of JPEG or PNG frames (see frame_files). If a file's
+    packets give a frame index that can be trusted, `read` seeks. Otherwise the file is decoded from the start, once per
+    opened file if its frames take at most MAX_KEPT bytes. If a read finds another number of frames than the index has,
+    it corrects the length and raises BadVideo: draw the indices again.
     Raises BadVideo if the file cannot be opened, has no frames, or exceeds the limits above.
     """
 
-    container = images = times = kept = None
+    container = images = times = kept = matrix = None
+    crop = 0, 0, 0, 0
 
     def __init__(self, path):
         self.path, self.deadline = str(path), time.monotonic() + MAX_SECONDS
         with bad_video(self.path, "opened as a video"):
             if os.path.isdir(path):
-                names = filter(is_image, os.listdir(path))
-                self.images = [os.path.join(path, name) for name in sorted(names, key=natural_order)]
+                self.images = frame_files(self.path)
                 self.length = len(self.images)
             else:
-                self._open()
+                self._open(fflags="noparse")  # of indexed formats each packet is a frame: AV1's take half the time
                 if not self._index_packets():
                     self._count_frames()
         if self.length == 0:
@@ -1005,7 +1023,10 @@ class Video:
             read = self._read_images if self.images else self._seek_and_decode if self.times else self._decode_wanted
             frames = dict(read(wanted))
             if self.times and len(frames) < len(wanted):  # the index was wrong
+                promised = self.length
                 self._count_frames()
+                if self.length != promised:
+                    raise BadVideo(f"{self.path}: has {self.length} frames, not {promised} as in its index: draw again")
                 frames = dict(self._decode_wanted(wanted))
         if len(frames) < len(wanted):
             raise BadVideo(f"{self.path}: frame {wanted[-1]} cannot be decoded: damaged?")
@@ -1015,22 +1036,38 @@ class Video:
 
     def _read_images(self, wanted):
         for i in wanted:
-            data = torch.from_numpy(np.fromfile(self.images[i], np.uint8))
-            image = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
-            self._check_size(image.shape[2], image.shape[1], len(wanted))
-            yield i, v2.functional.to_dtype(image, torch.uint8, scale=True).permute(1, 2, 0)  # PNG may have 16 bits
+            image = self._read_image(np.fromfile(self.images[i], np.uint8))
+            self._check_size(image.shape[1], image.shape[0], len(wanted))
+            yield i, image
+
+    def _read_image(self, data):
+        """The bytes of a JPEG or PNG file -> uint8 RGB [H, W, 3], by torchvision, which deprecates this, or by PyAV.
+
+        PyAV interpolates a JPEG's colours less smoothly than libjpeg: in footage 1 grey level apart on average, 22 at
+        most (12 videos, qualities 75 to 95); more at edges of saturated colours.
+        """
+        try:
+            from torchvision.io import ImageReadMode, decode_image
+        except ImportError:
+            decoder = av.CodecContext.create("mjpeg" if data[:2].tobytes() == b"\xff\xd8" else "png", "r")
+            frame, = decoder.decode(av.Packet(data)) + decoder.decode(None)
+            self.size = frame.width, frame.height
+            return self._to_rgb(frame)
+        image = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
+        return v2.functional.to_dtype(image, torch.uint8, scale=True).permute(1, 2, 0)  # PNG may have 16 bits
 
     def _check_size(self, width, height, count=1):
         if width * height > MAX_PIXELS or 3 * width * height * count > MAX_BYTES:
             raise BadVideo(f"{self.path}: {count} frames of {width}x{height} pixels are too large: scale them down")
 
-    def _open(self):
+    def _open(self, **options):
         self._close()
         if not os.path.isfile(self.path):  # no device, no pipe, no address
             raise BadVideo(f"{self.path}: cannot be opened as a video: no such file")
-        limits = dict(protocol_whitelist="file", format_whitelist=CONTAINERS)  # no network, no other file
+        options |= dict(protocol_whitelist="file", format_whitelist=CONTAINERS)  # no network, no other file
         try:
-            self.container = av.open(f"file:{self.path}", container_options=limits, timeout=MAX_SECONDS, **ANY_METADATA)
+            self.container = av.open(f"file:{self.path}", container_options=options,
+                                     timeout=MAX_SECONDS, **ANY_METADATA)
         except av.error.ArgumentError:
             raise BadVideo(f"{self.path}: cannot be opened as a video: its format is not allowed: convert it to one of "
                            f"{CONTAINERS}") from None
@@ -1041,7 +1078,22 @@ class Video:
         self.size = self.codec.width, self.codec.height
         self._check_size(*self.size)
         self.codec.options = {"max_pixels": str(MAX_PIXELS)}  # also if the size changes later in the stream
+        self.codec.flags |= av.codec.context.Flags.unaligned  # cropped to the pixel, as by FFmpeg's command line
         self.codec.thread_count = 1  # the loader's workers are the parallelism
+        self.crop = self._container_crop()
+
+    def _container_crop(self):
+        """The margins that mp4's clap box or Matroska's PixelCrop cut off: (left, right, top, bottom) in pixels.
+
+        PyAV has no name for them, but FFmpeg's description of the file names them.
+        """
+        level = av.logging.get_level()
+        av.logging.set_level(av.logging.INFO)  # else the description is empty
+        description = self.container.dumps_format()
+        av.logging.set_level(level)
+        of_stream = rf"Stream #0:{self.stream.index}\b(?:(?!Stream #).)*"
+        margins = re.search(of_stream + r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", description, re.DOTALL)
+        return [int(margin) for margin in margins.groups()] if margins else self.crop
 
     def _packets(self):
         for packet in self.container.demux(self.stream):
@@ -1055,19 +1107,20 @@ class Video:
         """Indexes the times of frames and key frames without decoding. Returns True if the index can be trusted.
 
         Conditions [choice]: the format has a timestamp per frame and the codec a frame per packet, the first packet
-        is a key frame and the first frame (an IDR frame in H.264), times are distinct, decoding times rise, B-frames
-        reorder the two, and no packet is damaged. Packets that an edit list discards are not shown.
+        is a key frame and the first frame (an IDR frame in H.264), times are distinct, decoding times rise (Matroska
+        may lack the first ones), B-frames reorder the two, no packet is damaged, and no message in the first packet
+        turns the whole video. Packets that an edit list discards are not shown.
         """
         codec, packets, decoding = self.codec.codec.canonical_name, [], -math.inf
         if self.container.format.name.split(",")[0] not in INDEXED or codec not in ONE_TO_ONE:
             return False
         try:
             for packet in self._packets():
-                before, decoding = decoding, decoding + 1 if packet.dts is None else packet.dts  # Matroska: may be None
-                if packet.pts is None or decoding <= before or packet.is_corrupt:
+                if packet.pts is None or packet.is_corrupt or packet.dts is not None and packet.dts <= decoding:
                     return False
-                if not packets and codec == "h264" and not self._has_idr(bytes(packet)):
-                    return False  # the file starts at a recovery point: its first packets show no frame
+                decoding = decoding if packet.dts is None else packet.dts
+                if not packets and codec in SKIPPING and not self._begins_upright(bytes(packet)):
+                    return False
                 packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
         except av.error.FFmpegError:
             return False
@@ -1080,12 +1133,21 @@ class Video:
         self.length = len(self.times)
         return self.length > 0
 
-    def _has_idr(self, data):
-        """Whether an H.264 packet of mp4 or Matroska (length-prefixed units) has an IDR slice, type 5."""
-        at, length_bytes = 0, (self.codec.extradata[4] & 3) + 1 if len(self.codec.extradata or b"") > 4 else 4
-        while at + length_bytes < len(data) and data[at + length_bytes] & 31 != 5:
-            at += length_bytes + int.from_bytes(data[at:at + length_bytes], "big")
-        return at + length_bytes < len(data)
+    def _begins_upright(self, data):
+        """Whether a file's first packet, H.264 or HEVC, shows a frame that no message turns (see `matrix`).
+
+        `data`: units after their lengths, as in mp4 and Matroska. In H.264 one must be an IDR slice (type 5): a file
+        that starts at a recovery point shows no frame for its first packets.
+        """
+        h264, setup, at, kinds = self.codec.name == "h264", self.codec.extradata or b"", 0, set()
+        length_bytes = (setup[4 if h264 else 21] & 3) + 1 if len(setup) > 21 else 4
+        while at + length_bytes < len(data):
+            start, at = at + length_bytes, at + length_bytes + int.from_bytes(data[at:at + length_bytes], "big")
+            kind = data[start] & 31 if h264 else data[start] >> 1
+            kinds.add(kind)
+            if kind == (6 if h264 else 39) and b"\x2f\x03" in data[start:at]:  # SEI: display orientation, 3 bytes
+                return False
+        return 5 in kinds or not h264
 
     def _seek_and_decode(self, wanted):
         """Yields (index, image) of the wanted frames. Each run of them takes one seek and one forward pass.
@@ -1094,16 +1156,20 @@ class Video:
         that follow must be in the index and rise.
         """
         position, asked, left = {t: i for i, t in enumerate(self.times)}, {self.times[i] for i in wanted}, deque(wanted)
-        key_before = lambda i: self.keys[bisect_right(self.keys, self.times[i]) - 1]
+        key_before = lambda i: bisect_right(self.keys, self.times[i]) - 1
+        ends = [*self.keys[1:], self.times[-1]]
         self._check_size(*self.size, len(wanted))
         with contextlib.suppress(av.error.FFmpegError):
             while left:
-                key, last = key_before(left[0]), None
-                self.container.seek(key, stream=self.stream)
+                number, last = key_before(left[0]), None
+                key = self.keys[number]
+                first = bisect_left(self.times, key)  # an edit list may discard the key frame itself
+                asked.add(self.times[first])
+                self.container.seek((key + ends[number]) // 2, stream=self.stream)  # mp4's entry may be later than key
                 for frame in self._decode(asked):
                     i = position.get(frame.pts, -1)
                     if last is None:
-                        as_promised = i == bisect_left(self.times, key) and (frame.key_frame or frame.pts != key)
+                        as_promised = i == first and (frame.key_frame or frame.pts != key)
                     else:
                         as_promised = last < i <= left[0]
                     if not as_promised or (frame.width, frame.height) != self.size:
@@ -1111,7 +1177,7 @@ class Video:
                     last = i
                     if i == left[0]:
                         yield left.popleft(), self._to_rgb(frame)
-                    if not left or key_before(left[0]) > self.times[min(i + 16, self.length - 1)]:
+                    if not left or self.keys[key_before(left[0])] > self.times[min(i + 16, self.length - 1)]:
                         break  # seek if the wanted frame's key frame is over 16 frames ahead, the decoder's delay
                 else:
                     return
@@ -1119,7 +1185,8 @@ class Video:
     def _decode(self, asked):
         """Yields the frames from here to the end. Skips non-reference frames whose time is not in `asked`."""
         for packet in self._packets():
-            self.codec.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
+            if self.codec.codec.canonical_name in SKIPPING:
+                self.codec.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
             yield from self.codec.decode(packet)
         yield from self.codec.decode(None)
 
@@ -1148,21 +1215,28 @@ class Video:
     def _decode_wanted(self, wanted):
         self._check_size(*self.size, len(wanted))
         for i, frame in enumerate(self._decode_from_start() if self.kept is None else self.kept):
+            if i == 0:
+                self.matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
             if i in wanted:
                 yield i, self._to_rgb(frame)
             if i == wanted[-1]:
                 return
 
     def _to_rgb(self, frame):
-        """A decoded frame -> uint8 RGB [H, W, 3], scaled to the first frame, rotated and flipped by its display matrix.
+        """A decoded frame -> uint8 RGB [H, W, 3], scaled to the first frame, cropped, turned by its display matrix.
 
         The matrix maps column x and row y of the stored picture to column a x + c y and row b x + d y of the shown one.
+        A matrix of the first frame alone (H.264's message) holds for all.
         """
+        if frame.colorspace not in CONVERTED:  # as FFmpeg 5: BT.2020's matrix for its constant luminance, else BT.601's
+            frame.colorspace = 9 if frame.colorspace == 10 else 2
         scale = {}
         if (frame.width, frame.height) != self.size:
             scale = dict(width=self.size[0], height=self.size[1], interpolation="BICUBIC")
         image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1, **scale))
-        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # frame.side_data would refer back to the frame: a cycle
+        left, right, top, bottom = self.crop
+        image = image[top:len(image) - bottom, left:image.shape[1] - right]
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX", self.matrix)  # frame.side_data would make a cycle
         if matrix is None:
             return image
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
@@ -1173,9 +1247,36 @@ class Video:
         return image.flip([axis for axis, direction in ((0, d), (1, a)) if direction < 0])
 
 
-def natural_order(name):
-    """Sorting key of file names by the numbers in them: img_2 before img_10."""
-    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", name))]
+LAST_NUMBER = re.compile(r"^(.*?)\d+(?:\.\d+)?(\D*)$", re.DOTALL)
+
+
+def frame_files(folder):
+    """The paths of a folder's JPEG and PNG frames, in natural order: img_2 before img_10, x before x (1).
+
+    Names that are decimal numbers, as 0.04 and 0.1, are in the order of the numbers. If the names form groups by the
+    words around their last number, as img_00001 and flow_x_00001, the group that begins with img, image, frame, rgb or
+    color is taken. Raises BadVideo if there is no such group, or several, and for two files of one frame.
+    """
+    stems = {name: os.path.splitext(name)[0].lower() for name in os.listdir(folder) if is_image(name)}
+    groups = {}
+    for name, stem in stems.items():
+        around = re.sub(r"[\W_]+", " ", LAST_NUMBER.sub(r"\1 \2", stem)).strip()
+        groups.setdefault(around if re.search("[^\\d ]", around) else "", []).append(name)
+    names = list(stems)
+    if len(groups) > 1 and any(map(LAST_NUMBER.match, stems.values())):
+        frames = [group for around, group in groups.items() if re.match("img|image|frame|rgb|color", around)]
+        if len(frames) != 1:
+            examples = ", ".join(sorted(min(group) for group in groups.values())[:9])
+            raise BadVideo(f"{folder}: its pictures form {len(groups)} groups ({examples}): keep one of them")
+        names = frames[0]
+    decimal = all(re.fullmatch(r"\d+(\.\d+)?", stems[name]) for name in names)
+    order = {name: Decimal(stems[name]) if decimal else
+             [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", stems[name]))] for name in names}
+    names.sort(key=order.get)
+    for name, following in zip(names, names[1:]):
+        if order[name] == order[following]:
+            raise BadVideo(f"{folder}: {name} and {following} are the same frame: keep one of them")
+    return [os.path.join(folder, name) for name in names]
 
 
 HIDDEN = {"@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
@@ -1191,10 +1292,10 @@ def read_list(path):
     """Reads a list file or a folder of videos -> [(path of a video or of a folder of frames, label or None)].
 
     A list has one video per line: `path label`, `path,label`, VideoMAE's `path frames label`, or `path`; labels are
-    integers. Paths may hold spaces, and relative ones are relative to the list. If the whole line is a path that
-    exists, the video has no label. In a folder, each class folder root/class/ that holds videos, at any depth, is one
-    label, in alphabetical order; videos that lie in the root itself have no label. Hidden entries are ignored. The
-    number of files left out is printed.
+    integers. Paths may hold spaces or be quoted as in CSV files; relative ones are relative to the list. If the whole
+    line is a path that exists, the video has no label. In a folder, each class folder root/class/ that holds videos, at
+    any depth, is one label, in alphabetical order; videos that lie in the root itself have no label. Hidden entries are
+    ignored. The number of files left out is printed.
     Raises CMAEVError, with the line's number, for a bad line or a path that does not exist.
     """
     path = os.fspath(path)
@@ -1236,6 +1337,17 @@ def _read_folder(root):
 PATH_AND_NUMBER = re.compile(r"(.*[^\s,])[\s,]+(-?\d+)", re.DOTALL)
 
 
+def _readings(line):
+    """Yields what a line of a list may mean: (path, label or None)."""
+    yield line, None
+    if match := PATH_AND_NUMBER.fullmatch(line):
+        yield match[1], int(match[2])
+        if counted := PATH_AND_NUMBER.fullmatch(match[1]):  # path frames label
+            yield counted[1], int(match[2])
+    if '"' in line:  # pandas and csv.writer quote a path that holds a space or comma
+        yield from _readings(re.sub('"((?:[^"]|"")*)"?', lambda quoted: quoted[1].replace('""', '"'), line))
+
+
 def _read_list_file(path):
     data, videos = Path(path).read_bytes(), []
     try:
@@ -1253,18 +1365,15 @@ def _read_list_file(path):
     for number, line in enumerate(text.split("\n"), 1):
         if not (line := line.strip()):
             continue
-        readings = [(line, None)]
-        if match := PATH_AND_NUMBER.fullmatch(line):
-            readings.append((match[1], int(match[2])))
-            if counted := PATH_AND_NUMBER.fullmatch(match[1]):  # path frames label
-                readings.append((counted[1], int(match[2])))
-        readings = [(os.path.join(os.path.dirname(path), name), label) for name, label in readings]
+        readings = [(os.path.join(os.path.dirname(path), name), label) for name, label in _readings(line)]
         video = next((video for exists in (listed, os.path.exists) for video in readings if exists(video[0])), None)
         if video is None:
             name, *word = re.split(r"[\s,]+(?=[^\s,]+$)", line)
             reason = f"{readings[min(1, len(readings) - 1)][0]} does not exist"
-            if word and not match and os.path.exists(os.path.join(os.path.dirname(path), name)):
+            if word and len(readings) == 1 and os.path.exists(os.path.join(os.path.dirname(path), name)):
                 reason = f"label {word[0]!r} is not an integer"
+            elif not videos and not re.search(r"[\d./]", line):
+                reason += "; it looks like a header"
             raise CMAEVError(f"{path}, line {number}: {reason}: correct the line or take it out")
         videos.append(video)
     return videos
@@ -1939,6 +2048,15 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20 if resource else math.nan
+
+
+def write_png(image, path):
+    """Writes a picture, uint8 [3, H, W]."""
+    frame = av.VideoFrame.from_ndarray(image.permute(1, 2, 0).contiguous().numpy(), "rgb24")
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, "rgb24"
+    encoder.time_base = Fraction(1, 25)  # it wants one
+    Path(path).write_bytes(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
 
 
 @contextlib.contextmanager

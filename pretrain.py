@@ -18,7 +18,6 @@ import cmaev  # before torch: it sets how OpenMP's threads wait
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 DEMO = "data/demo/train.txt"
@@ -209,7 +208,7 @@ def main():
                             f"{s.contrast_weight} x {record['contrast']:.4f}  accuracy {record['accuracy']:.0%}", board)
             if show and s.picture_every and cmaev.this_rank() == 0:
                 drawn = picture(model, clips, device)
-                write_png(drawn, str(run / f"reconstruction-{done:06d}.png"))
+                cmaev.write_png(drawn, run / f"reconstruction-{done:06d}.png")
                 if board:
                     board.add_image("reconstruction", drawn, done)
             meter.began = time.perf_counter()

@@ -11,6 +11,7 @@ the helpers.
 import argparse
 import contextlib
 import gc
+import importlib.util
 import itertools
 import json
 import math
@@ -40,10 +41,12 @@ if not GPU:
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
-from torchvision.io import write_jpeg, write_png
+from av.bitstream import BitStreamFilterContext
+from torchvision.io import write_jpeg
 
 import cmaev
 import finetune
@@ -53,7 +56,7 @@ from experiments import benchmark, lists
 HERE = Path(__file__).parent
 on_gpu = pytest.mark.skipif(not GPU, reason="wants a GPU: GPU=1 pytest -k gpu")
 takes_minutes = pytest.mark.skipif(not LONG, reason="takes minutes: LONG=1 pytest -k faults")
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities")  # torchvision 0.29
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities")  # of write_jpeg
 
 
 # Helpers: files ------------------------------------------------------------------------------------------------------
@@ -92,17 +95,25 @@ def decode_all(path):
     return np.stack(frames)
 
 
-def copy_packets(path, sources, skip=0):
-    """Copies the sources' video streams, without their first packets, into one file; the last stream is its default."""
+def copy_packets(path, sources, skip=0, bits=""):
+    """Copies the sources' video streams, without their first packets, into one file; the last stream is its default.
+
+    `bits`: a bit-stream filter for the packets.
+    """
     with av.open(str(path), "w") as new, contextlib.ExitStack() as stack:
         old = [stack.enter_context(av.open(str(source))) for source in sources]
         streams = [new.add_stream_from_template(container.streams.video[0]) for container in old]
         for i, stream in enumerate(reversed(streams)):
             stream.disposition = av.stream.Disposition(0) if i else av.stream.Disposition.default
         for container, stream in zip(old, streams):
-            for packet in [packet for packet in container.demux(video=0) if packet.size][skip:]:
+            packets = [packet for packet in container.demux(video=0) if packet.size][skip:]
+            if bits:
+                change = BitStreamFilterContext(bits, container.streams.video[0], stream)
+                packets = [new for packet in [*packets, None] for new in change.filter(packet)]
+            for packet in packets:
                 packet.stream = stream
                 new.mux(packet)
+    return path
 
 
 def check_frames(path, count=None):
@@ -900,7 +911,8 @@ def test_draws_of_colors(monkeypatch):
 
 X264_OPEN, X265 = dict(x264_params="open-gop=1:keyint=12:bframes=3"), "log-level=none:keyint=12:bframes=4:open-gop="
 FILES = {
-    "h264.mp4": {}, "open-gop.mkv": X264_OPEN, "h264.avi": dict(bf="2", g="12"), "one-frame.mp4": dict(frames=1),
+    "h264.mp4": {}, "b-frames.mkv": dict(bf="3", g="12"), "open-gop.mkv": X264_OPEN,
+    "h264.avi": dict(bf="2", g="12"), "one-frame.mp4": dict(frames=1),
     "variable-rate.mp4": dict(times=[i * 2 + (i * i) % 3 for i in range(60)], g="12"),
     "late-start.mkv": dict(times=range(30, 90), g="12"),
     "discarded-leading.mp4": dict(times=range(-10, 50), muxer=dict(avoid_negative_ts="disabled"), g="25"),
@@ -919,6 +931,8 @@ FILES = {
 def test_frames_are_those_of_a_plain_decode_and_of_ffmpeg(tmp_path, name):
     path = write_noise(tmp_path / name, **FILES[name])
     video = check_frames(path, 50 if "discarded" in name else FILES[name].get("frames", 60))
+    by_seeking = name.endswith((".mp4", ".mkv", ".webm")) and name not in ("ffv1.mkv", "one-frame.mp4")
+    assert (video.times is not None) == by_seeking
     if not shutil.which("ffmpeg"):
         pytest.skip("wants Debian's ffmpeg")
     frames, command = video.read(range(len(video))).numpy().astype(int), ["ffmpeg", "-v", "quiet", "-i", path]
@@ -1001,6 +1015,60 @@ def test_altered_files(tmp_path, monkeypatch):
     assert check_frames(write_noise(tmp_path / "v.avi", codec="mpeg4", bf="2"), 60).kept is None
 
 
+def test_one_damaged_packet(tmp_path):
+    """FFmpeg leaves one frame out. A first read may promise too much; samples are drawn from the true frames."""
+    path = write_noise(tmp_path / "v.mp4", g="12")
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][30]
+    data = bytearray(path.read_bytes())
+    data[packet.pos + 4:packet.pos + packet.size] = bytes(packet.size - 4)
+    path.write_bytes(data)
+    video = cmaev.Video(path)
+    with pytest.raises(cmaev.BadVideo, match="has 59 frames, not 60 as in its index"):
+        video.read(range(24, 36))
+    assert np.array_equal(video.read(range(len(video))), decode_all(path)) and len(video) == 59
+    sample = finetune.LabelledClips([(path, 0)], 59, 1, 48, "dense")[0, 0]
+    assert not sample["replaced"].any()
+    assert np.array_equal(sample["clip"][0].movedim(1, -1), decode_all(path)[:, :, 8:56])
+
+
+@pytest.mark.parametrize("tag, like", {8: 2, 10: 9, 11: 2, 12: 2, 13: 2, 14: 2, 15: 2, 16: 2, 17: 2, 9: 9}.items())
+def test_color_matrices_that_swscale_refuses(tmp_path, tag, like):
+    """Read as FFmpeg 5 reads them: H.273's tag 2 is none, 9 and 10 are BT.2020's."""
+    source = write_noise(tmp_path / "source.mp4", frames=3)
+    tagged, expected = (copy_packets(tmp_path / f"{n}.mp4", [source], bits=f"h264_metadata=matrix_coefficients={n}")
+                        for n in (tag, like))
+    assert np.array_equal(cmaev.Video(tagged).read(range(3)), decode_all(expected))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_orientation_and_margins_that_the_stream_asks_for(tmp_path, suffix):
+    """An H.264 message in the first packet turns all frames; a sequence's margins are cut to the pixel."""
+    source = write_noise(tmp_path / "source.mp4", g="12")
+    for bits, shown in {"display_orientation=insert:rotate=90": lambda x: np.rot90(x, 1, (1, 2)),
+                        "display_orientation=insert:flip=horizontal": lambda x: x[:, :, ::-1],
+                        "crop_left=6:crop_right=4:crop_top=2": lambda x: x[:, 2:, 6:60]}.items():
+        path = copy_packets(tmp_path / f"changed{suffix}", [source], bits=f"h264_metadata={bits}")
+        video, expected = cmaev.Video(path), shown(decode_all(source))
+        for indices in ([50], range(60), [3]):
+            assert np.array_equal(video.read(indices), expected[list(indices)]), bits
+
+
+def test_margins_that_the_container_asks_for(tmp_path):
+    """mp4's clap box (ISO 14496-12) written by hand: 40 x 32 pixels, 4 right of and 2 above the middle; Matroska's."""
+    data, path = write_noise(tmp_path / "v.mp4", g="12").read_bytes(), tmp_path / "clap.mp4"
+    clap = struct.pack(">I4s8i", 40, b"clap", 40, 1, 32, 1, 4, 1, -2, 1)
+    end = data.index(b"avc1", data.index(b"stsd")) - 4
+    for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1"):
+        at = data.index(box, data.index(b"moov")) - 4 if box != b"avc1" else end
+        size, = struct.unpack(">I", data[at:at + 4])
+        data = data[:at] + struct.pack(">I", size + 40) + data[at + 4:]
+    path.write_bytes(data[:end + size] + clap + data[end + size:])
+    expected = decode_all(tmp_path / "v.mp4")[:, 6:38, 16:56]
+    for cropped in (path, copy_packets(tmp_path / "crop.mkv", [path])):
+        assert np.array_equal(cmaev.Video(cropped).read(range(60)), expected)
+
+
 @pytest.mark.parametrize("matrix, shown", {
     (1, 0, 0, 1): lambda x: x, (-1, 0, 0, 1): lambda x: x[:, :, ::-1], (1, 0, 0, -1): lambda x: x[:, ::-1],
     (-1, 0, 0, -1): lambda x: np.rot90(x, 2, (1, 2)), (0, 1, -1, 0): lambda x: np.rot90(x, -1, (1, 2)),
@@ -1030,17 +1098,20 @@ def test_the_best_of_several_video_streams(tmp_path):
         assert np.array_equal(cmaev.Video(tmp_path / "both.mkv").read(range(60)), decode_all(film))
 
 
-@pytest.mark.parametrize("b_frames", [0, 3])
-def test_read_seeks_and_decodes_once(tmp_path, monkeypatch, b_frames):
-    path, decoded = tmp_path / "v.mp4", []
-    video = cmaev.Video(write_noise(path, frames=240, g="40", bf=str(b_frames), x264_params="scenecut=0"))
+@pytest.mark.parametrize("name, options", [
+    ("v.mp4", dict(bf="0")), ("v.mp4", dict(bf="3")), ("v.mkv", dict(bf="3")),
+    ("hevc.mkv", dict(codec="libx265", x265_params="log-level=none:keyint=40:scenecut=0:bframes=3")),
+    ("av1.webm", dict(codec="libsvtav1", preset="12", svtav1_params="keyint=40"))])
+def test_read_seeks_and_decodes_once(tmp_path, monkeypatch, name, options):
+    x264, decoded = {} if "codec" in options else dict(g="40", x264_params="scenecut=0"), []
+    video = cmaev.Video(write_noise(tmp_path / name, frames=240, **x264, **options))
     decode = video._decode
     monkeypatch.setattr(video, "_decode", lambda asked: (decoded.append(video.times.index(frame.pts)) or frame
                                                          for frame in decode(asked)))
     video.read([210, 205, 215, 205])
     video.read([5, 125, 130])
     between = [*range(200, 216), *range(6), *range(120, 131)]  # from the key frame before, to the last frame wanted
-    if b_frames == 0:
+    if name == "av1.webm" or options.get("bf") == "0":
         assert decoded == between
     else:  # without unwanted, unreferenced B-frames
         assert {205, 210, 215, 5, 125, 130} <= set(decoded) < set(between) and len(decoded) < 0.8 * len(between)
@@ -1054,11 +1125,44 @@ def png_16_bit(value, side=8):
             + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
-def test_folders_of_frames(tmp_path, demo):
+def test_names_of_frames(tmp_path):
+    """The video's frames in their order, or the error's words."""
+    cases = {"img_9 img_10 flow_x_9 flow_y_9": "img_9 img_10", "1_rgb 2_rgb 1_depth": "1_rgb 2_rgb",
+             "rgb_1 depth_1": "rgb_1", "cam0_1 cam0_2 cam1_1": "(cam0_1.jpg, cam1_1.jpg)",
+             "flow_x_1 flow_y_1": "(flow_x_1.jpg, flow_y_1.jpg)", "img_1 img_flip_1": "(img_1.jpg, img_flip_1.jpg)",
+             "frame1 rgb1 x1": "3 groups (frame1.jpg, rgb1.jpg, x1.jpg)",
+             "0.0 0.04 0.2 0.16 1": "0.0 0.04 0.16 0.2 1", "1.1 1.10": "the same frame", "1 01": "the same frame",
+             "x x_(1) x_(2) x_(10)": "x x_(1) x_(2) x_(10)", "b a": "a b",
+             "1403636579763555584 1403636579763555585": "1403636579763555584 1403636579763555585",
+             "cover 0001": "(0001.jpg, cover.jpg)",
+             "2024-01-05-12 2024-01-06-11": "2024-01-05-12 2024-01-06-11", "Image3 image2": "image2 Image3",
+             "frame_12.5 frame_12.25": "frame_12.5 frame_12.25", "s1_e2 s1_e10": "s1_e2 s1_e10"}
+    for i, (names, expected) in enumerate(cases.items()):
+        folder = touch(tmp_path / str(i), *(f"{name}.jpg" for name in names.split()))
+        try:
+            frames = " ".join(Path(frame).stem for frame in cmaev.frame_files(str(folder)))
+        except cmaev.BadVideo as error:
+            frames = expected if expected in str(error) else str(error)
+        assert frames == expected
+    with pytest.raises(cmaev.BadVideo, match="1.jpg and 1.png are the same frame"):
+        cmaev.Video(touch(tmp_path / "twice", "1.jpg", "1.png", "2.jpg"))
+
+
+@pytest.fixture(params=["torchvision", "av"])
+def pictures_by(request, monkeypatch):
+    """With torchvision's picture functions, and without them, as torchvision's later releases will be."""
+    if request.param == "av":
+        monkeypatch.delattr(torchvision.io, "decode_image")
+        monkeypatch.delattr(torchvision.io, "write_png")
+        spec = importlib.util.spec_from_file_location("fresh", cmaev.__file__)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))  # imports none of them
+
+
+def test_folders_of_frames(tmp_path, demo, pictures_by):
     """In natural order; PNG of 16 bits; a picture too small to be cropped; the eight orientations of Exif (TIFF)."""
     for i in range(12):
         frame = torch.full((3, 16, 24), i * 20, dtype=torch.uint8)
-        (write_jpeg if i < 6 else write_png)(frame, str(tmp_path / f"img_{i}.{'jpg' if i < 6 else 'png'}"))
+        (write_jpeg if i < 6 else cmaev.write_png)(frame, str(tmp_path / f"img_{i}.{'jpg' if i < 6 else 'png'}"))
     video = cmaev.Video(touch(tmp_path, "notes.txt", "16/0.png", "turned/0.jpg"))
     assert len(video) == 12 and video.read([11, 2, 2]).float().mean(dim=(1, 2, 3)).tolist() == [220, 40, 40]
     for value, expected in ((0, 0), (32768, 128), (65535, 255)):
@@ -1085,14 +1189,20 @@ def test_folders_of_frames(tmp_path, demo):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_lists(tmp_path, encoding):
     """Paths with spaces, commas and digits at the end; labels after any of them; frame counts; absolute paths."""
-    touch(tmp_path, "clip 2/1.jpg", "clip/1.jpg", "b.mp4", "\u00e9 3.mp4", "c,4.mp4", "b/one two.mp4")
+    touch(tmp_path, 'a "q" 1.mp4', "clip 2/1.jpg", "clip/1.jpg", "b.mp4", "\u00e9 3.mp4", "c,4.mp4", "b/one two.mp4")
     read = {"clip 2": ("clip 2", None), "clip 2 7": ("clip 2", 7), "clip 30 1": ("clip", 1), "": None,
             "clip 2 12 6": ("clip 2", 6), "b.mp4\t5": ("b.mp4", 5), "b.mp4,-1": ("b.mp4", -1),
             "\u00e9 3.mp4": ("\u00e9 3.mp4", None), "b/one two.mp4,4": ("b/one two.mp4", 4),
-            "c,4.mp4": ("c,4.mp4", None), f"{tmp_path}/c,4.mp4 5": ("c,4.mp4", 5)}
+            "c,4.mp4": ("c,4.mp4", None), f"{tmp_path}/c,4.mp4 5": ("c,4.mp4", 5),
+            '"clip 2" 3': ("clip 2", 3), '"c,4.mp4",2': ("c,4.mp4", 2), '"b.mp4","1"': ("b.mp4", 1),
+            '"clip 2" 30 4': ("clip 2", 4), '"clip 2"': ("clip 2", None), '"a ""q"" 1.mp4" 8': ('a "q" 1.mp4', 8),
+            'a "q" 1.mp4 9': ('a "q" 1.mp4', 9)}
     (tmp_path / "list.csv").write_bytes("".join(f"{line}\r\n" for line in read).encode(encoding))
     expected = [(str(tmp_path / video[0]), video[1]) for video in read.values() if video]
     assert cmaev.read_list(tmp_path / "list.csv") == expected
+    (tmp_path / "list.csv").write_bytes("path,label\r\nb.mp4,1".encode(encoding))
+    with pytest.raises(cmaev.CMAEVError, match="line 1: .* looks like a header: .* take it out"):
+        cmaev.read_list(tmp_path / "list.csv")
 
 
 def test_a_long_list_is_read_as_fast_as_a_plain_loop_but_for_a_factor(tmp_path, monkeypatch):
@@ -2171,7 +2281,7 @@ def test_faults_hostile_files(tmp_path):
 def test_faults_bounds_of_frames(tmp_path, monkeypatch):
     """Frames beyond the bounds are refused before they are made, and reading ends in time."""
     video, too_large = cmaev.Video(write_noise(tmp_path / "v.mp4", frames=20)), "frames of 64x48 pixels are too large"
-    write_png(torch.zeros(3, 48, 64, dtype=torch.uint8), str(tmp_path / "0.png"))
+    cmaev.write_png(torch.zeros(3, 48, 64, dtype=torch.uint8), tmp_path / "0.png")
     write_jpeg(torch.zeros(3, 48, 64, dtype=torch.uint8), str(tmp_path / "1.jpg"))
     for bound, value, read, words in (
             ("MAX_BYTES", 10 * 48 * 64 * 3, lambda: video.read(range(11)), f"11 {too_large}"),
