@@ -1165,7 +1165,7 @@ class Video:
                 key = self.keys[number]
                 first = bisect_left(self.times, key)  # an edit list may discard the key frame itself
                 asked.add(self.times[first])
-                self.container.seek((key + ends[number]) // 2, stream=self.stream)  # mp4's entry may be later than key
+                self.container.seek((key + ends[number]) // 2, stream=self.stream)  # mp4 searches decoding times
                 for frame in self._decode(asked):
                     i = position.get(frame.pts, -1)
                     if last is None:
