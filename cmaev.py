@@ -1416,6 +1416,7 @@ HUGGING_FACE = (  # this project's and Hugging Face's names; "^": at the start
     (".mlp.fc2.", ".output.dense."),
 )
 WRAPPERS = "model", "module", "state_dict", "model_state", "teacher"  # where training scripts put the weights
+WEIGHTS = "a run's folder, its encoder.pt or checkpoint.pt, or weights of VideoMAE or of Hugging Face's VideoMAE"
 
 # Types that other projects' checkpoints hold besides tensors: settings with paths, numpy's scalars and arrays
 SAFE_GLOBALS = [argparse.Namespace, np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
@@ -1438,20 +1439,19 @@ def rename(name, pairs):
 def convert_keys(state):
     """Renames the weights of VideoMAE's and Hugging Face's state dicts to this project's names.
 
-    Encoder weights get no prefix, decoder weights `decoder.`. Neither project stores a key bias (transformers 5 may:
-    it is dropped, as it does not change the softmax).
+    Encoder weights get no prefix, decoder weights `decoder.`. VideoMAE and most releases of transformers store no key
+    bias. A file may hold both kinds of biases, as save_hugging_face writes them.
     """
     new = {}
     for name, value in state.items():
         name = re.sub(r"^(module\.|_orig_mod\.|videomae\.|backbone\.)+", "", name)
         name = rename(name, [(theirs, ours) for ours, theirs in HUGGING_FACE]).removeprefix("encoder.")  # VideoMAE's
-        new[re.sub(r"attn\.([qkv])(uery|ey|alue)\.bias", r"attn.\1_bias", name)] = value
-    for stem in [name.removesuffix("query.weight") for name in new if name.endswith("attn.query.weight")]:
-        new[stem + "qkv.weight"] = torch.cat([new.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")])
-    for stem in [name.removesuffix("q_bias") for name in new if name.endswith("attn.q_bias")]:
-        q, v = new.pop(stem + "q_bias"), new.pop(stem + "v_bias")
-        new[stem + "qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
-        new.pop(stem + "k_bias", None)
+        new[re.sub(r"attn\.([qkv])(uery|ey|alue)\.", r"attn.\1_", name)] = value
+    for name in [name for name in new if re.search(r"attn\.q_(weight|bias)$", name)]:
+        q, k, v = (new.pop(name.replace(".q_", f".{part}_"), None) for part in "qkv")
+        k = torch.zeros_like(q) if k is None and name.endswith("bias") else k
+        if k is not None and v is not None:
+            new[name.replace(".q_", ".qkv.")] = torch.cat([q, k, v])
     if "decoder.mask_token" in new:
         new["decoder.mask_token"] = new["decoder.mask_token"].flatten()
     return new
@@ -1459,13 +1459,9 @@ def convert_keys(state):
 
 def split_biases(state):
     """Splits each attn.qkv.bias into VideoMAE's q_bias and v_bias."""
-    split = {}
-    for name, value in state.items():
-        if name.endswith("attn.qkv.bias"):
-            q, _, v = value.chunk(3)
-            split |= {name.replace("qkv.bias", "q_bias"): q.clone(), name.replace("qkv.bias", "v_bias"): v.clone()}
-        else:
-            split[name] = value
+    split = {name: value for name, value in state.items() if not name.endswith("attn.qkv.bias")}
+    for stem in [name.removesuffix("qkv.bias") for name in state if name not in split]:
+        split[stem + "q_bias"], _, split[stem + "v_bias"] = state[stem + "qkv.bias"].clone().chunk(3)
     return split
 
 
@@ -1488,7 +1484,8 @@ def save_hugging_face(folder, encoder, decoder=None, head=None, names=()):
     """Writes a ViT in Hugging Face's layout: a folder for from_pretrained of transformers.
 
     For VideoMAEModel; with a decoder, for VideoMAEForPreTraining; with `head` (the state dict of a classifier's fc_norm
-    and head) and its class names, for VideoMAEForVideoClassification. Raises CMAEVError for a ConvViT.
+    and head) and its class names, for VideoMAEForVideoClassification. The biases are written twice: transformers 5.8 to
+    5.16 read query.bias and value.bias alone, 4 to 5.4 q_bias and v_bias alone. Raises CMAEVError for a ConvViT.
     """
     if not isinstance(encoder, VisionTransformer):
         raise CMAEVError("Hugging Face has no ConvViT: only a ViT can be written in its layout")
@@ -1512,7 +1509,7 @@ def save_hugging_face(folder, encoder, decoder=None, head=None, names=()):
     if head:
         config |= dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
     state = {}
-    for name, value in split_biases(parts).items():
+    for name, value in (parts | split_biases(parts)).items():
         prefix = "videomae." * (kind != "VideoMAEModel" and not name.startswith(("decoder.", "head.", "fc_norm.")))
         split = {"qkv": value} if "qkv" not in name else dict(zip(("query", "key", "value"), value.chunk(3)))
         state |= {prefix + rename(name.replace("qkv", part), HUGGING_FACE): x.contiguous() for part, x in split.items()}
@@ -1537,10 +1534,9 @@ def load_tensors(path):
 
 
 def read_weights(path):
-    """Reads a weight file, a run's folder or a Hugging Face folder -> state dict with this project's names, geometry.
+    """Reads a weight file, a run's folder or a Hugging Face folder -> state dict with this project's names, about_file.
 
     Reads torch.save's files and, with the package safetensors, `.safetensors`. Raises CMAEVError for other files.
-    `geometry` is that of this project's files, else empty.
     """
     state, geometry = {}, {}
     for file in weight_files(Path(path)):
@@ -1559,9 +1555,11 @@ def read_weights(path):
             code = re.search(r"GLOBAL (\S+)", str(error))
             reason = type(error).__name__ if code is None else (
                 f"it holds a {code[1]}, which could run code: if you trust it, save only its state dict")
-            raise CMAEVError(f"{file} cannot be read as weights ({reason}): a file of tensors?") from None
+            raise CMAEVError(f"{file} cannot be read as weights ({reason}): give {WEIGHTS}") from None
         state |= {name: value for name, value in part.items() if torch.is_tensor(value)}
-    return convert_keys(state), geometry
+    if not state:
+        raise CMAEVError(f"{path} holds no tensors: give {WEIGHTS}")
+    return convert_keys(state), about_file(Path(path), geometry)
 
 
 def weight_files(path):
@@ -1576,77 +1574,121 @@ def weight_files(path):
                 return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise CMAEVError(f"{index} is not an index of weights: restore it, or give a file of weights") from None
-    raise CMAEVError(f"{path}: no such file of weights: give a file, the folder of a run or of a model, or none")
+    raise CMAEVError(f"{path}: no such file of weights: give {WEIGHTS}, or none")
+
+
+def about_file(path, geometry):
+    """What is known of a file's encoder besides the weights -> dict: clip [T, H, W], heads, decoder_heads; or empty.
+
+    This project's files hold it as `geometry`; else a run's settings.json or Hugging Face's config.json may stand
+    beside the file. Raises CMAEVError for a config.json with which the same weights give other features.
+    """
+    if geometry:
+        return dict(clip=[n * side for n, side in zip(geometry["grid"], geometry["cube"])], heads=geometry.get("heads"))
+    folder, about = path if path.is_dir() else path.parent, {}
+    for file in (folder / "config.json", folder / "settings.json"):
+        try:
+            about = json.loads(file.read_text()) if file.is_file() else about
+            about = about.get("settings", about)
+        except (ValueError, AttributeError):
+            raise CMAEVError(f"{file} is no JSON of settings: restore it, or move the weights away from it") from None
+    for name, ours, same in (("hidden_act", "gelu", lambda value: value == "gelu"), ("qkv_bias", True, bool),
+                             ("qv_bias", True, bool), ("layer_norm_eps", 1e-6, lambda value: 1e-12 <= value <= 1e-5)):
+        if name in about and not same(about[name]):
+            raise CMAEVError(f"{folder}/config.json: {name} is {about[name]}, here it is {ours}: the features would "
+                             "differ, give other weights")
+    if not about:
+        return {}
+    frames, size = (about.get(ours, about.get(theirs, usual)) for ours, theirs, usual in (
+        ("frames", "num_frames", 16), ("size", "image_size", 224)))
+    _, sizes = ENCODERS.get(str(about.get("encoder")), (None, {}))
+    return dict(clip=[frames, size, size] if isinstance(size, int) else [frames, *size],
+                heads=about.get("num_attention_heads", sizes.get("heads")),
+                decoder_heads=about.get("decoder_num_attention_heads"))
 
 
 def load_encoder(path, encoder=None, decoder=None):
-    """Loads an encoder's weights, and a pixel decoder's if one is given and the file has it -> the encoder.
+    """Loads an encoder's weights, and a pixel decoder's if one is given and the file's fits -> the encoder.
 
     `path`: this project's encoder.pt or checkpoint.pt, VideoMAE's pre-trained or fine-tuned files, Hugging Face's
     VideoMAE (.bin, .safetensors), or the folder of a run. Without an encoder, one is built: see encoder_of. Position
-    embeddings are computed, not loaded. Prints what matched. Raises CMAEVError with the first weight that is missing or
-    has a different shape. The final norm may be missing: fine-tuned files have `fc_norm` instead.
+    embeddings are computed, not loaded. Prints what matched. Raises CMAEVError for a weight that is missing or has a
+    different shape, for more blocks, for other heads. The final norm may be missing: fine-tuned files have `fc_norm`.
     """
     if decoder is not None and (Path(path) / "checkpoint.pt").is_file():
         path = Path(path) / "checkpoint.pt"  # a run's encoder.pt has no decoder
-    state, geometry = read_weights(path)
-    encoder = encoder or encoder_of(state, geometry, path)
-    own = wanted = encoder.state_dict()
-    if "norm.weight" not in state and "fc_norm.weight" in state:
-        wanted = {name: value for name, value in own.items() if not name.startswith("norm.")}
-    load_weights(encoder, {name: state[name] for name in wanted if name in state}, path, wanted)
-    of_decoder = {name.removeprefix("decoder."): value for name, value in state.items() if name.startswith("decoder.")}
-    if decoder is not None and of_decoder:
-        load_weights(decoder, of_decoder, path)
-    missing = "" if len(wanted) == len(own) else " (not its final norm)"
-    print0(f"{path}: {len(wanted)} of the encoder's {len(own)} weights{missing}, "
-           f"{len(state) - len(wanted)} others in the file")
+    state, about = read_weights(path)
+    try:
+        kind, sizes, flags = encoder_of(state, about)
+        encoder = encoder or kind(**sizes)
+    except (KeyError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        flags = f"give {WEIGHTS}"
+        if encoder is None:
+            raise CMAEVError(f"{path} holds no encoder that can be built ({last_line(error)}): {flags}") from None
+    own, heads = encoder.state_dict(), encoder.layers()[-1].attn.heads
+    if about.get("heads") not in (None, heads):
+        raise CMAEVError(f"{path} is of another model: it has {about['heads']} attention heads, not {heads}: {flags}")
+    matched = len(own.keys() & state.keys())
+    if "fc_norm.weight" in state:  # of fine-tuning, in place of the final norm
+        state = encoder.norm.state_dict(prefix="norm.") | state
+    load_weights(encoder, {name: value for name, value in state.items() if name in own or name.startswith(
+        ("blocks", "patch_embed", "pos_embed", "cls_token"))}, path, f": {flags}")
+    missing = "" if matched == len(own) else " (not its final norm)"
+    print0(f"{path}: {matched} of the encoder's {len(own)} weights{missing}, {len(state) - len(own)} others in the file")
+    clip = [n * side for n, side in zip(encoder.grid, encoder.cube)]
+    if about and about["clip"] != clip:
+        print0("note: {} is for clips of {} frames of {}x{}, the encoder for {} of {}x{}: the position table is "
+               "recomputed".format(path, *about["clip"], *clip))
+    if decoder is not None:
+        of_decoder = {name.removeprefix("decoder."): x for name, x in state.items() if name.startswith("decoder.")}
+        shapes = [{name: x.shape for name, x in part.items()} for part in (of_decoder, decoder.state_dict())]
+        if shapes[0] == shapes[1] and about.get("decoder_heads") in (None, decoder.blocks[0].attn.heads):
+            load_weights(decoder, of_decoder, path)
+        else:
+            print0(f"note: {path} has no pixel decoder of this depth, width and heads: the decoder starts anew")
     return encoder
 
 
-def encoder_of(state, geometry, path):
-    """Builds the encoder for a state dict from read_weights, with the sizes of its weights.
+def encoder_of(state, about):
+    """The encoder of a state dict from read_weights -> its class, its arguments, the scripts' flags for it as text.
 
-    Frames, size and heads are those of `geometry`, or of a run's settings.json or Hugging Face's config.json beside the
-    file, else VideoMAE's: 16 x 224, 64 channels per head, and 16 heads in ViT-H and g.
+    What is not known: the clip is VideoMAE's, 16 x 224; heads are those of the encoder of these sizes in ENCODERS, else
+    there are 64 channels per head, and 16 heads in ViT-H and g.
     """
-    folder, about = Path(path) if Path(path).is_dir() else Path(path).parent, {}
-    for name in ("config.json", "settings.json"):
-        if (folder / name).is_file():
-            about = json.loads((folder / name).read_text())
-            about = about.get("settings", about)
-    frames, size = (about.get(ours, about.get(theirs, usual)) for ours, theirs, usual in (
-        ("frames", "num_frames", 16), ("size", "image_size", 224)))
-    if geometry:
-        (frames, *size), (tubelet, patch, _) = geometry["grid"], geometry["cube"]
-        frames, size = frames * tubelet, [side * patch for side in size]
     depth = lambda blocks: len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
-    try:
-        embedding = "patch_embed" if "patch_embed.proj.weight" in state else "patch_embed1"
-        width, _, tubelet, patch, _ = state[f"{embedding}.proj.weight"].shape
-        widths = [width] if embedding == "patch_embed" else [len(state[f"embed_norms.{i}.weight"]) for i in range(3)]
-        heads = geometry.get("heads") or about.get("num_attention_heads") or (
-            {1280: 16, 1408: 16}.get(widths[-1], widths[-1] // 64))
-        if embedding == "patch_embed":
-            return VisionTransformer(width, depth("blocks"), heads, frames, size, tubelet, patch)
-        return ConvViT(widths, [depth(f"blocks{i}") for i in (1, 2, 3)], heads, frames, size, tubelet, 4 * patch,
-                       fusion="fusion1.weight" in state)
-    except (KeyError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise CMAEVError(f"{path} holds no encoder that can be built ({last_line(error)}): give one") from None
+    frames, *size = about.get("clip", [16, 224, 224])
+    if "patch_embed.proj.weight" in state:
+        kind, (width, _, tubelet, patch, _) = VisionTransformer, state["patch_embed.proj.weight"].shape
+        sizes, fusion = dict(width=width, depth=depth("blocks")), {}
+    else:
+        kind, (_, _, tubelet, patch, _) = ConvViT, state["patch_embed1.proj.weight"].shape
+        widths, patch = [len(state[f"embed_norms.{i}.weight"]) for i in range(3)], 4 * patch
+        sizes = dict(widths=tuple(widths), depths=tuple(depth(f"blocks{i}") for i in (1, 2, 3)))
+        width, fusion = widths[2], dict(fusion="fusion1.weight" in state)
+    names = {its["heads"]: name for name, (_, its) in ENCODERS.items() if its.items() >= sizes.items()}
+    heads = about.get("heads") or next(iter(names), {1280: 16, 1408: 16}.get(width, width // 64))
+    flags = f"no --encoder has its sizes, {sizes} with {heads} heads: add one to ENCODERS"
+    if heads in names:
+        flags = (f"its flags are --encoder {names[heads]} --frames {frames} --size {size[0]} --patch {patch} "
+                 f"--tubelet {tubelet}")
+    if fusion.get("fusion") is False:
+        flags += " --no-fusion"
+    return kind, sizes | fusion | dict(heads=heads, frames=frames, size=size, tubelet=tubelet, patch=patch), flags
 
 
-def load_weights(module, state, path, wanted=None):
-    """load_state_dict, strict for the names in `wanted` (default: all). Raises CMAEVError with the first misfit."""
-    wanted = wanted or module.state_dict()
-    for name, value in wanted.items():
+def load_weights(module, state, path, advice=""):
+    """load_state_dict, strict. Raises CMAEVError, ending in `advice`, for the first misfit, and for NaN and inf."""
+    own, wrong = module.state_dict(), f"{path} is of another model: "
+    for name, value in own.items():
         if name not in state:
-            raise CMAEVError(f"{path} is of another model: it has no {name}")
+            raise CMAEVError(f"{wrong}it has no {name}{advice}")
         if state[name].shape != value.shape:
-            raise CMAEVError(f"{path} is of another model: "
-                             f"{name} is {list(state[name].shape)}, not {list(value.shape)}")
-    if unknown := state.keys() - wanted.keys():
-        raise CMAEVError(f"{path} is of another model: it has {min(unknown)}, which this model does not have")
-    module.load_state_dict(state, strict=False)
+            raise CMAEVError(f"{wrong}{name} is {list(state[name].shape)}, not {list(value.shape)}{advice}")
+    if unknown := state.keys() - own.keys():
+        raise CMAEVError(f"{wrong}it has {min(unknown)}, which this model does not have{advice}")
+    if bad := next((name for name, value in state.items() if not value.isfinite().all()), None):
+        raise CMAEVError(f"{path}: {bad} holds NaN or inf, as after a run that diverged: give other weights")
+    module.load_state_dict(state)
 
 
 # =====================================================================================================================

@@ -360,6 +360,9 @@ def score_videos(function, clips, batch, workers, device):
     for sample in cmaev.loader(clips, workers, device, batch_size=batch, sampler=cmaev.rank_indices(clips)):
         views = sample["clip"].to(device, non_blocking=True)
         results = function(cmaev.normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1).cpu()
+        if not results[~sample["replaced"][:, 0]].isfinite().all():
+            raise cmaev.CMAEVError("the model computes NaN or inf from clips that are fine: give --amp none, or, if it "
+                                   "does so then, other weights")
         results[sample["replaced"][:, 0]] = math.nan
         rows |= zip(sample["index"][:, 0].tolist(), results)
     if cmaev.world_size() > 1:

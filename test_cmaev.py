@@ -154,7 +154,7 @@ def small_encoder(name, **changes):
     """An encoder for clips of 4 frames of 32 x 48, without zero biases, which would hide mistakes."""
     sizes = dict(vit=dict(width=24, depth=2, heads=2), convvit=dict(widths=(8, 12, 24), depths=(2, 1, 2), heads=2))
     torch.manual_seed(0)
-    model = dict(vit=cmaev.VisionTransformer, convvit=cmaev.ConvViT)[name](**sizes[name], **SMALL | changes)
+    model = dict(vit=cmaev.VisionTransformer, convvit=cmaev.ConvViT)[name](**sizes[name] | SMALL | changes)
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return model
@@ -369,7 +369,10 @@ def wrong(tmp_path_factory):
                        "large.txt": "good.mp4 7\n", "gap.txt": good + "good.mp4 2\n", "none.txt": "good.mp4\n",
                        "late.txt": good + 7 * audio}.items():
         (folder / name).write_text(text)
-    torch.save({"model": {"a": torch.ones(1)}}, folder / "other.pt")
+    for name, content in {"other": {"model": {"a": torch.ones(1)}}, "no-tensors": {"model": {}, "epoch": 3},
+                          "tensor": torch.ones(1)}.items():
+        torch.save(content, folder / f"{name}.pt")
+    np.savez(folder / "array.npz", np.ones(1))
     return folder
 
 
@@ -1315,7 +1318,7 @@ def videomae_names(state, prefix):
 
 
 def hugging_face_names(state, q_bias="q_bias", v_bias="v_bias", prefix="videomae."):
-    """The same as Hugging Face's VideoMAE holds it; transformers 5 has other names for the biases than 4."""
+    """The same as Hugging Face's VideoMAE holds it; the names of the biases differ by release."""
     inner, out = "attention.attention", {}
     names = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks.": "encoder.layer.",
              "attn.q_bias": f"{inner}.{q_bias}", "attn.v_bias": f"{inner}.{v_bias}", "norm1": "layernorm_before",
@@ -1346,7 +1349,8 @@ LAYOUTS = {
     "VideoMAE, fine-tuned": lambda state: {"module": {"fc_norm.weight": torch.ones(24)} | videomae_names(
         {name: value for name, value in state.items() if not name.startswith("norm")}, "")},
     "transformers 4": hugging_face_names,
-    "transformers 5": lambda state: hugging_face_names(state, "query.bias", "value.bias"),
+    "transformers 5.8": lambda state: hugging_face_names(state, "query.bias", "value.bias"),
+    "for all releases": lambda state: hugging_face_names(state) | hugging_face_names(state, "query.bias", "value.bias"),
     "transformers, bare model": lambda state: hugging_face_names(state, prefix=""),
     "training script's": lambda state: {
         "model": videomae_names(state, "encoder."), "epoch": 799, "best": np.float64(1), "history": np.arange(3),
@@ -1402,7 +1406,8 @@ def test_folders_of_hugging_faces(tmp_path, encoder_without_k_bias, suffix):
             cmaev.load_encoder(tmp_path, small_encoder("vit"))
 
 
-def test_decoder_of_a_videomae_file_gives_its_loss(tmp_path):
+def test_decoder_of_a_videomae_file_gives_its_loss(tmp_path, capsys):
+    """A decoder of another depth, or with other heads, starts anew, and a note says so."""
     model, (online, _, mask) = tiny_model(contrast_weight=0.0)
     for block in [*model.encoder.blocks, *model.decoder.blocks]:
         block.attn.qkv.bias.data.view(3, -1)[1] = 0
@@ -1414,6 +1419,15 @@ def test_decoder_of_a_videomae_file_gives_its_loss(tmp_path):
     other = cmaev.CMAEV("vit_test", contrast_weight=0.0, **TINY)
     cmaev.load_encoder(tmp_path / "videomae.pth", other.encoder, other.decoder)
     assert other(online, None, mask)["loss"] == model(online, None, mask)["loss"]
+    assert "note" not in capsys.readouterr().out
+    for depth, config in ((12, "{}"), (4, '{"num_frames": 4, "image_size": 32, "decoder_num_attention_heads": 2}')):
+        (tmp_path / "config.json").write_text(config)
+        encoder = cmaev.build_encoder("vit_test", **TINY)
+        decoder = cmaev.PixelDecoder(encoder, depth)
+        before = {name: value.clone() for name, value in decoder.state_dict().items()}
+        cmaev.load_encoder(tmp_path / "videomae.pth", encoder, decoder)
+        assert capsys.readouterr().out.count("note: ") == 1 and torch.equal(encoder(online), model.encoder(online))
+        assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["vit", "convvit"])
@@ -1436,6 +1450,54 @@ def test_an_encoder_is_built_from_its_file(tmp_path, name):
     torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "x.pth")
     with pytest.raises(cmaev.CMAEVError, match="x.pth holds no encoder"):
         cmaev.load_encoder(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("file, text, words", [
+    ("config.json", '{"num_attention_heads": 4}', "it has 4 attention heads, not 2"),
+    ("config.json", '{"hidden_act": "relu"}', "config.json: hidden_act is relu, here it is gelu"),
+    ("config.json", '{"layer_norm_eps": 0.001}', "config.json: layer_norm_eps is 0.001, here it is 1e-06"),
+    ("config.json", '{"qkv_bias": false}', "config.json: qkv_bias is False, here it is True"),
+    ("config.json", "[1", "config.json is no JSON of settings"),
+    ("settings.json", '{"settings": {"encoder": "four_heads"}}', "it has 4 attention heads, not 2"),
+    ("geometry", dict(grid=[2, 2, 3], cube=[2, 16, 16], heads=4), "it has 4 attention heads, not 2"),
+    ("weights", dict(pos_embed=torch.ones(1, 12, 24)), "it has pos_embed, which"),
+    ("weights", {"blocks.2.norm1.bias": torch.ones(24)}, "it has blocks.2.norm1.bias, which")])
+def test_weights_that_would_give_other_features_are_refused(tmp_path, monkeypatch, file, text, words):
+    """Shapes do not tell. Without an encoder, the one that is built has the file's heads."""
+    monkeypatch.setitem(cmaev.ENCODERS, "four_heads", (cmaev.VisionTransformer, dict(width=24, depth=2, heads=4)))
+    encoder, clip = small_encoder("vit"), torch.randn(1, 3, 4, 32, 48)
+    content = {"geometry": text} if file == "geometry" else {}
+    torch.save({"model": encoder.state_dict() | (text if file == "weights" else {}), **content}, tmp_path / "x.pth")
+    if file.endswith("json"):
+        (tmp_path / file).write_text(text)
+    with pytest.raises(cmaev.CMAEVError, match=re.escape(words)):
+        cmaev.load_encoder(tmp_path / "x.pth", small_encoder("vit"))
+    if "heads" in words:
+        four = small_encoder("vit", heads=4)
+        four.load_state_dict(encoder.state_dict())
+        built = cmaev.load_encoder(tmp_path / "x.pth", small_encoder("vit", heads=4))
+        assert torch.equal(built(clip), four(clip)) and not torch.allclose(four(clip), encoder(clip), atol=1e-3)
+        assert cmaev.load_encoder(tmp_path / "x.pth").blocks[0].attn.heads == 4
+    else:
+        with pytest.raises(cmaev.CMAEVError, match="config.json|it has "):
+            cmaev.load_encoder(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
+def test_what_is_said_of_an_encoder_of_another_size(tmp_path, capsys, encoder):
+    """The flags to give where the shapes do not fit; a note where only the position table differs."""
+    own, more = dict(fusion=False, **TINY), "" if encoder == "vit_test" else " --no-fusion"
+    written = cmaev.build_encoder(encoder, **own)
+    cmaev.save_encoder(written, tmp_path / "encoder.pt")
+    flags = f"its flags are --encoder {encoder} --frames 4 --size 32 --patch 8 --tubelet 2{more}"
+    for name, changes in {"vit_tiny": {}, "convvit_tiny": {}, encoder: dict(patch=16)}.items():
+        with pytest.raises(cmaev.CMAEVError, match=f"is of another model: .*: {flags}$"):
+            cmaev.load_encoder(tmp_path, cmaev.build_encoder(name, **own | changes))
+    for changes, count in (({}, 0), (dict(frames=8), 1), (dict(size=64), 1)):
+        cmaev.load_encoder(tmp_path, cmaev.build_encoder(encoder, **own | changes))
+        assert capsys.readouterr().out.count("is for clips of 4 frames of 32x32, the encoder for ") == count
+    torch.save(written.state_dict(), tmp_path / "bare.pth")  # the heads of ENCODERS, not 64 channels each
+    assert cmaev.load_encoder(tmp_path / "bare.pth").layers()[-1].attn.heads == 2
 
 
 def classifier(encoder="vit_test", classes=3):
@@ -1462,11 +1524,12 @@ def test_hugging_faces_layout_is_read_back(tmp_path):
     expected = {name.removeprefix("encoder."): value for name, value in tuned.state_dict().items()}
     for read, written in ((encoder.state_dict(), model.encoder.state_dict()), (state, expected),
                           (decoder.state_dict(), model.decoder.state_dict())):
-        assert read.keys() == written.keys()
-        for name, value in written.items():  # a key bias is not written: it does not change the softmax
-            kept = [0, 2] if name.endswith("qkv.bias") else slice(None)
-            value, other = (x.view(3, -1) if name.endswith("qkv.bias") else x for x in (value, read[name]))
-            assert torch.equal(value[kept] if value.ndim else value, other[kept] if value.ndim else other), name
+        assert read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in written)
+    foreign = torch.load(tmp_path / "base" / "pytorch_model.bin")
+    for stem, part in (("videomae.encoder.layer.1", model.encoder), ("decoder.decoder_layers.1", model.decoder)):
+        q, k, v = part.blocks[1].attn.qkv.bias.chunk(3)
+        for name, value in {"q_bias": q, "v_bias": v, "query.bias": q, "key.bias": k, "value.bias": v}.items():
+            assert torch.equal(foreign[f"{stem}.attention.attention.{name}"], value)
     config = json.loads((tmp_path / "tuned" / "config.json").read_text())
     assert config["id2label"] == {"0": "class 0", "1": "class 1", "2": "class 2"} and config["image_size"] == 32
     with pytest.raises(cmaev.CMAEVError, match="has no ConvViT"):
@@ -1532,8 +1595,11 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
     *((finetune, *row) for row in {
         "--val large.txt": "large.txt: good.mp4 has label 7: give 0 to 0, the classes of the training list",
         "--data gap.txt": "class 1 of 0 to 2 has no video in the list", "--data none.txt": "good.mp4 has no label",
-        "--init lost.pt": "lost.pt: no such file of weights", "--init text.mp4": "text.mp4 cannot be read as weights",
-        "--init other.pt": "other.pt is of another model: it has no patch_embed.proj.weight",
+        "--init lost.pt": "lost.pt: no such file of weights: give a run's folder", "--init nothing": "no such file of",
+        **{f"--init {file}": f"{file} cannot be read as weights" for file in (
+            "text.mp4", "good.mp4", "good.txt", "empty.txt", "array.npz", "tensor.pt")},
+        "--init no-tensors.pt": "no-tensors.pt holds no tensors: give a run's folder, its encoder.pt or",
+        "--init other.pt": "other.pt is of another model: it has no patch_embed.proj.weight: give a run's folder",
         "--val text.txt --probe knn --workers 1": "text.mp4: cannot be opened", "--layer-decay 0": "a number in (0, 1]",
         "--data one.txt --probe linear": "two or more training videos", "--recipe k400 --data=": "--data is not given",
         "--predict": "name one or more videos", "--predict good.mp4 --out nothing": "nothing holds no checkpoint.pt",
@@ -2240,6 +2306,28 @@ def test_faults_damaged_and_hostile_weights(undisturbed, tmp_path):
     with pytest.raises(cmaev.CMAEVError, match="it holds a getattr, which could run code: .*save only its state"):
         cmaev.load_encoder(hostile, small_encoder("vit"))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value, words", [
+    (math.nan, "blocks.0.mlp.fc1.weight holds NaN or inf"), (-math.inf, "blocks.0.mlp.fc1.weight holds NaN or inf"),
+    (3e38, "the model computes NaN or inf from clips that are fine")])
+def test_faults_weights_that_are_not_finite(demo, undisturbed, tuned, tmp_path, value, words):
+    """The error is about the weights, not about the videos."""
+    for run_of, name in ((undisturbed, "encoder.pt"), (tuned, "checkpoint.pt")):
+        state = torch.load(run_of / name)
+        for weight in state["model"]:
+            if weight.endswith("blocks.0.mlp.fc1.weight"):
+                state["model"][weight][:] = value
+        torch.save(state, tmp_path / name)
+    shutil.copy(tuned / "settings.json", tmp_path)
+    init, out = ("--val", demo / "val.txt", "--init", tmp_path / "encoder.pt"), tmp_path / "out"
+    commands = [(finetune, *finetuning(demo, out, *init, *more)) for more in (
+        ("--features", out), ("--probe", "knn"))] + [(finetune, *finetuning(demo, tmp_path, "--eval"))]
+    if not math.isfinite(value):
+        commands += [(finetune, *finetuning(demo, out, *init)), (pretrain, *pretraining(demo, out, *init)),
+                     (finetune, "--out", tmp_path, "--predict", demo / "val/left/00000.mp4")]
+    for script, *arguments in commands:
+        assert words in run(script, *arguments)
 
 
 def test_faults_full_disk(tmp_path):
