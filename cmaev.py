@@ -1578,7 +1578,7 @@ def weight_files(path):
 
 
 def about_file(path, geometry):
-    """What is known of a file's encoder besides the weights -> dict: clip [T, H, W], heads, decoder_heads; or empty.
+    """What is known of a file's encoder besides the weights -> dict of clip [T, H, W], heads, decoder_heads or fewer.
 
     This project's files hold it as `geometry`; else a run's settings.json or Hugging Face's config.json may stand
     beside the file. Raises CMAEVError for a config.json with which the same weights give other features.
@@ -1595,16 +1595,14 @@ def about_file(path, geometry):
     for name, ours, same in (("hidden_act", "gelu", lambda value: value == "gelu"), ("qkv_bias", True, bool),
                              ("qv_bias", True, bool), ("layer_norm_eps", 1e-6, lambda value: 1e-12 <= value <= 1e-5)):
         if name in about and not same(about[name]):
-            raise CMAEVError(f"{folder}/config.json: {name} is {about[name]}, here it is {ours}: the features would "
-                             "differ, give other weights")
-    if not about:
-        return {}
-    frames, size = (about.get(ours, about.get(theirs, usual)) for ours, theirs, usual in (
-        ("frames", "num_frames", 16), ("size", "image_size", 224)))
+            raise CMAEVError(f"{folder}/config.json: {name} is {about[name]}, here it is {ours}: give other weights")
     _, sizes = ENCODERS.get(str(about.get("encoder")), (None, {}))
-    return dict(clip=[frames, size, size] if isinstance(size, int) else [frames, *size],
-                heads=about.get("num_attention_heads", sizes.get("heads")),
-                decoder_heads=about.get("decoder_num_attention_heads"))
+    known = dict(heads=about.get("num_attention_heads", sizes.get("heads")),
+                 decoder_heads=about.get("decoder_num_attention_heads"))
+    frames, size = about.get("frames", about.get("num_frames")), about.get("size", about.get("image_size"))
+    if frames and size:
+        known["clip"] = [frames, size, size] if isinstance(size, int) else [frames, *size]
+    return known
 
 
 def load_encoder(path, encoder=None, decoder=None):
@@ -1636,7 +1634,7 @@ def load_encoder(path, encoder=None, decoder=None):
     missing = "" if matched == len(own) else " (not its final norm)"
     print0(f"{path}: {matched} of the encoder's {len(own)} weights{missing}, {len(state) - len(own)} others in the file")
     clip = [n * side for n, side in zip(encoder.grid, encoder.cube)]
-    if about and about["clip"] != clip:
+    if about.get("clip", clip) != clip:
         print0("note: {} is for clips of {} frames of {}x{}, the encoder for {} of {}x{}: the position table is "
                "recomputed".format(path, *about["clip"], *clip))
     if decoder is not None:
@@ -1659,21 +1657,18 @@ def encoder_of(state, about):
     frames, *size = about.get("clip", [16, 224, 224])
     if "patch_embed.proj.weight" in state:
         kind, (width, _, tubelet, patch, _) = VisionTransformer, state["patch_embed.proj.weight"].shape
-        sizes, fusion = dict(width=width, depth=depth("blocks")), {}
+        sizes, more = dict(width=width, depth=depth("blocks")), {}
     else:
         kind, (_, _, tubelet, patch, _) = ConvViT, state["patch_embed1.proj.weight"].shape
         widths, patch = [len(state[f"embed_norms.{i}.weight"]) for i in range(3)], 4 * patch
         sizes = dict(widths=tuple(widths), depths=tuple(depth(f"blocks{i}") for i in (1, 2, 3)))
-        width, fusion = widths[2], dict(fusion="fusion1.weight" in state)
+        width, more = widths[2], dict(fusion="fusion1.weight" in state)
     names = {its["heads"]: name for name, (_, its) in ENCODERS.items() if its.items() >= sizes.items()}
     heads = about.get("heads") or next(iter(names), {1280: 16, 1408: 16}.get(width, width // 64))
-    flags = f"no --encoder has its sizes, {sizes} with {heads} heads: add one to ENCODERS"
-    if heads in names:
-        flags = (f"its flags are --encoder {names[heads]} --frames {frames} --size {size[0]} --patch {patch} "
-                 f"--tubelet {tubelet}")
-    if fusion.get("fusion") is False:
-        flags += " --no-fusion"
-    return kind, sizes | fusion | dict(heads=heads, frames=frames, size=size, tubelet=tubelet, patch=patch), flags
+    name = names.get(heads, f"(an entry of ENCODERS with {sizes} and {heads} heads)")
+    flags = (f"its flags are --encoder {name} --frames {frames} --size {size[0]} --patch {patch} --tubelet {tubelet}"
+             + (" --no-fusion" if more.get("fusion") is False else ""))
+    return kind, sizes | more | dict(heads=heads, frames=frames, size=size, tubelet=tubelet, patch=patch), flags
 
 
 def load_weights(module, state, path, advice=""):
