@@ -136,15 +136,6 @@ def hold_out(videos, seed):
     return [v for i, v in enumerate(videos) if i not in tests], [videos[i] for i in sorted(tests)]
 
 
-def dense_indices(num_frames, frames, rate, start):
-    """`frames` frames at a stride of exactly `rate`; `start` in [0, 1] places the clip -> int64 [frames].
-
-    The last frame of a video shorter than the clip repeats [VideoMAE].
-    """
-    free = max(num_frames - 1 - (frames - 1) * rate, 0)
-    return (math.floor(start * free + 0.5) + rate * torch.arange(frames)).clamp(max=num_frames - 1)
-
-
 def uniform_indices(num_frames, frames, offset):
     """One frame from each of `frames` equal segments [TSN]; `offset` in [0, 1), one or [frames], places it inside."""
     return ((torch.arange(frames) + offset) * num_frames / frames).long().clamp(max=num_frames - 1)
@@ -188,21 +179,35 @@ class LabelledClips(cmaev.VideoClips):
                 "index": torch.full((len(clips),), index)}
 
     def frame_indices(self, num_frames):
-        """Draws `repeats` clips or, in testing, places `segments` clips evenly -> list of int64 [T]."""
-        if self.sampling == "dense":  # starts from the first to the last possible one; a single clip in the middle
-            n = self.segments - 1
-            starts = torch.rand(self.repeats) if self.augment else [k / n for k in range(n + 1)] if n else [0.5]
-            return [dense_indices(num_frames, self.frames, self.rate, float(start)) for start in starts]
-        offsets = [torch.rand(self.frames) if self.augment else (k + 0.5) / self.segments
-                   for k in range(self.repeats if self.augment else self.segments)]
+        """Draws `repeats` clips or, in testing, places `segments` clips evenly -> list of int64 [T].
+
+        Test clips [VideoMAE]: dense, from the first to the last possible start, rounded down (VideoMAE's starts are
+        multiples of the rate); uniform, at 0, 1 / segments, 2 / segments, ... of each part. A single clip: the middle.
+        The last frame of a video shorter than a dense clip repeats [VideoMAE].
+        """
+        if self.sampling == "dense":
+            last = max(num_frames - 1 - (self.frames - 1) * self.rate, 0)
+            starts = [(last + 1) // 2]
+            if self.augment:
+                starts = torch.randint(last + 1, (self.repeats,)).tolist()
+            elif self.segments > 1:
+                starts = [k * last // (self.segments - 1) for k in range(self.segments)]
+            return [(start + self.rate * torch.arange(self.frames)).clamp(max=num_frames - 1) for start in starts]
+        offsets = [k / self.segments for k in range(self.segments)] if self.segments > 1 else [0.5]
+        if self.augment:
+            offsets = [torch.rand(self.frames) for _ in range(self.repeats)]
         return [uniform_indices(num_frames, self.frames, offset) for offset in offsets]
 
     def test_crops(self, clip):
-        """Short side to S, then crops of S x S evenly along the long side, one in its middle: [T, 3, H, W] -> list."""
+        """Short side to S, then crops of S x S evenly along the long side, one in its middle: [T, 3, H, W] -> list.
+
+        Offsets are rounded down [VideoMAE].
+        """
         clip = v2.functional.resize(clip, [self.size], antialias=True)
         room = [side - self.size for side in clip.shape[2:]]
-        places = [k / (self.crops - 1) for k in range(self.crops)] if self.crops > 1 else [0.5]
-        corners = [[math.floor(place * free + 0.5) for free in room] for place in places]
+        corners = [[free // 2 for free in room]]
+        if self.crops > 1:
+            corners = [[k * free // (self.crops - 1) for free in room] for k in range(self.crops)]
         return [clip[..., top:top + self.size, left:left + self.size] for top, left in corners]
 
 

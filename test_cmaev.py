@@ -1909,18 +1909,26 @@ def test_training_clips(demo, monkeypatch):
                 ramp = augment(torch.arange(32, dtype=torch.uint8).expand(2, 3, 32, 32))
             seen.add(bool(ramp[0, 0, 0, -1] > ramp[0, 0, 0, 0]))
     assert leaning == {True: {True, False}, False: {True}}
+    clips.repeats = 4000
+    with cmaev.seeded(0):
+        starts, counts = torch.stack(clips.frame_indices(16))[:, 0].unique(return_counts=True)
+    assert starts.tolist() == [0, 1, 2, 3] and (counts - 1000).abs().max() < 110  # four standard deviations
 
 
 @pytest.mark.parametrize("sampling, frames, times", [
     ("dense", 60, [[0, 4, 8, 12], [47, 51, 55, 59]]), ("dense", 10, [[0, 4, 8, 9]] * 2),
-    ("uniform", 60, [[3, 18, 33, 48], [11, 26, 41, 56]]), ("uniform", 3, [[0, 0, 1, 2], [0, 1, 2, 2]])])
+    ("dense", 24, [[0, 4, 8, 12], [3, 7, 11, 15], [7, 11, 15, 19], [11, 15, 19, 23]]),
+    ("dense", 24, [[6, 10, 14, 18]]), ("uniform", 60, [[7, 22, 37, 52]]),
+    ("uniform", 60, [[0, 15, 30, 45], [7, 22, 37, 52]]), ("uniform", 3, [[0, 0, 1, 2], [0, 1, 1, 2]]),
+    ("uniform", 60, [[0, 15, 30, 45], [5, 20, 35, 50], [10, 25, 40, 55]])])
 def test_views_against_a_plain_decode(tmp_path, sampling, frames, times):
-    """A wide video: 2 clips over time x 3 crops from its left to its right edge; in training, random places."""
-    path = write_noise(tmp_path / "wide.mp4", size=(32, 80), frames=frames)
+    """A wide video: clips over time x 3 crops from its left to its right edge; in training, random places."""
+    path = write_noise(tmp_path / "wide.mp4", size=(32, 79), frames=frames, pixels="yuv444p")
     decoded = torch.from_numpy(decode_all(path)).permute(0, 3, 1, 2)
-    sample = finetune.LabelledClips([(path, 1)], 4, 4, 32, sampling, segments=2, crops=3)[0, 0]
-    expected = [decoded[indices][..., left:left + 32] for indices in times for left in (0, 24, 48)]
-    assert torch.equal(sample["clip"], torch.stack(expected))
+    for crops, lefts in ((3, (0, 23, 47)), (1, [23])):
+        sample = finetune.LabelledClips([(path, 1)], 4, 4, 32, sampling, segments=len(times), crops=crops)[0, 0]
+        expected = [decoded[indices][..., left:left + 32] for indices in times for left in lefts]
+        assert torch.equal(sample["clip"], torch.stack(expected))
     offsets = torch.rand(8)
     expected = [int((i + offset) * frames / 8) for i, offset in enumerate(offsets.tolist())]
     assert finetune.uniform_indices(frames, 8, offsets).tolist() == expected
