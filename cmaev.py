@@ -1334,6 +1334,26 @@ def _read_folder(root):
     return [(path, label[parts[0]] if len(parts) > 1 else None) for path, parts in parts_of.items()]
 
 
+TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test", "testing", "eval")
+
+
+def split_folder(root):
+    """Finds a data set's parts -> (folder to train on, folder to test on, "" if there is none), or (root, "").
+
+    The parts are root/train and the first of root/val, test, ... that exists, in any case; train alone where root holds
+    no other folder. Class folders may have these names too: beside other folders, train must hold folders itself.
+    """
+    entries = os.scandir(root) if os.path.isdir(root) else ()
+    folders = {entry.name.lower(): entry.path for entry in entries
+               if entry.is_dir() and not entry.name.startswith(".") and entry.name not in HIDDEN}
+    train, test = (next((folders[name] for name in names if name in folders), "") for names in (TRAIN, TEST))
+    others = folders.keys() - {*TRAIN, *TEST}
+    if not train or others and not (test and any(entry.is_dir() for entry in os.scandir(train))):
+        return root, ""
+    print0(f"{root} holds a data set's parts, not classes: {train} to train on, {test or 'no folder'} to test on")
+    return train, test
+
+
 PATH_AND_NUMBER = re.compile(r"(.*[^\s,])[\s,]+(-?\d+)", re.DOTALL)
 
 

@@ -78,13 +78,23 @@ def class_names(videos, source="", file=""):
     """The names of classes 0, 1, ... of the labelled videos of a list or folder `source`.
 
     `file` holds one name per line. Without it, a name is the class folder or, in a list, the folder that holds the
-    videos, if each class has its own; else the label. Raises CMAEVError for a label without a name and, without a file,
-    for a class between 0 and the largest that has no video.
+    videos, if each class has its own; else the label. Raises CMAEVError for a file that cannot be read as UTF-8, for an
+    empty line or a name that occurs twice in it, and for a label without a name; without a file, for a class between 0
+    and the largest that has no video.
     """
     if file:
         if os.path.isdir(source):
             raise cmaev.CMAEVError("--names is for lists: a folder's classes are its class folders")
-        names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = Path(file).read_text(encoding="utf-8-sig")  # sig: skips a byte order mark
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", "not UTF-8")
+            raise cmaev.CMAEVError(f"--names {file} cannot be read ({reason}): give a text file in UTF-8") from None
+        names = [line.strip() for line in text.rstrip().split("\n")]
+        for i, name in enumerate(names):
+            if not name or name in names[:i]:
+                what = f"{name} again" if name else "no name"
+                raise cmaev.CMAEVError(f"{file}, line {i + 1}: {what}: give each label its own name, label 0 first")
         if (largest := max(label for _, label in videos)) >= len(names):
             raise cmaev.CMAEVError(f"{file} has {len(names)} names, but {source} has label {largest}: give a name per "
                                    "line, label 0 first")
@@ -93,7 +103,8 @@ def class_names(videos, source="", file=""):
     for path, label in videos:
         folder = class_folder(path, source) if os.path.isdir(source) else Path(path).parent.name
         folders.setdefault(label, set()).add(folder)
-    if missing := sorted(set(range(max(folders))) - folders.keys()):
+    missing = [label for label in range(len(folders)) if label not in folders]  # labels may be huge
+    if missing:
         raise cmaev.CMAEVError(f"class {missing[0]} of 0 to {max(folders)} has no video in the list: renumber them")
     own = len(set.union(*folders.values())) == len(folders) and all(len(names) == 1 for names in folders.values())
     return [folders[label].pop() if own else str(label) for label in range(len(folders))]
@@ -505,6 +516,8 @@ def main():
             return predict(model, s.predict)
         tests = read_test_videos(s.val, model.names, record["class_folders"]) if s.val else record["held_out"]
         return evaluate(model, model.test_clips(tests), run / "eval")
+    s.data, val = cmaev.split_folder(s.data)
+    s.val = s.val or val
     if s.features:
         return write_features(s, score, device)
 
@@ -538,8 +551,8 @@ def main():
     start = cmaev.resume(run, state)
     if start == steps:
         return cmaev.print0(f"{run} is finished, all {steps} steps: give --eval, or another --out")
-    cmaev.print0(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes, {steps} steps of "
-                 f"{per_step} clips; {world} x {device.type}, {dtype or torch.float32}"
+    cmaev.print0(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes ({names[0]} to "
+                 f"{names[-1]}), {steps} steps of {per_step} clips; {world} x {device.type}, {dtype or torch.float32}"
                  + (f"; continuing from step {start}" if start else ""))
 
     parallel = DistributedDataParallel(model) if world > 1 else model
@@ -636,11 +649,14 @@ def write_features(s, score, device):
     if s.init == "none":
         raise cmaev.CMAEVError("--features: give --init, the weights of an encoder")
     videos = cmaev.read_list(s.data)
+    labels = [-1 if label is None else label for _, label in videos]
+    if max(map(abs, labels)) >= 2**63:
+        raise cmaev.CMAEVError(f"{s.data}: label {max(labels, key=abs)} does not fit into 64 bits: renumber the classes")
     features = pooled_features(s, cmaev.load_encoder(s.init), videos, score, device)
     if cmaev.this_rank() == 0:
         with cmaev.atomic_write(s.features, "wb") as file:
             np.savez(file, features=features.numpy(), paths=np.array([path for path, _ in videos]),
-                     labels=np.array([-1 if label is None else label for _, label in videos]))
+                     labels=np.array(labels))
     unreadable = int(features.isnan().any(dim=1).sum())
     cmaev.print0(f"{s.features}: features {list(features.shape)}, paths, labels; {unreadable} videos could not be read")
 

@@ -366,7 +366,7 @@ def wrong(tmp_path_factory):
     good, audio = "good.mp4 0\n", "audio.mp4 0\n"
     for name, text in {"text.mp4": "no video", "good.txt": 8 * good, "one.txt": good, "audio.txt": audio,
                        "text.txt": "text.mp4 0\n", "gone.txt": good + "lost.mp4 1\n", "label.txt": "good.mp4 jump\n",
-                       "large.txt": "good.mp4 7\n", "gap.txt": good + "good.mp4 2\n", "none.txt": "good.mp4\n",
+                       "large.txt": "good.mp4 7\n", "huge.txt": f"{good}good.mp4 {10**20}\n", "gap.txt": good + "good.mp4 2\n", "none.txt": "good.mp4\n",
                        "late.txt": good + 7 * audio}.items():
         (folder / name).write_text(text)
     for name, content in {"other": {"model": {"a": torch.ones(1)}}, "no-tensors": {"model": {}, "epoch": 3},
@@ -1600,6 +1600,9 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
             "text.mp4", "good.mp4", "good.txt", "empty.txt", "array.npz", "tensor.pt")},
         "--init no-tensors.pt": "no-tensors.pt holds no tensors: give a run's folder, its encoder.pt or",
         "--init other.pt": "other.pt is of another model: it has no patch_embed.proj.weight: give a run's folder",
+        "--data huge.txt": f"class 1 of 0 to {10**20} has no video", "--val huge.txt": f"good.mp4 has label {10**20}: ",
+        "--data huge.txt --probe knn": f"class 1 of 0 to {10**20} has no video",
+        "--data huge.txt --features x.npz --init other.pt": f"label {10**20} does not fit into 64 bits",
         "--val text.txt --probe knn --workers 1": "text.mp4: cannot be opened", "--layer-decay 0": "a number in (0, 1]",
         "--data one.txt --probe linear": "two or more training videos", "--recipe k400 --data=": "--data is not given",
         "--predict": "name one or more videos", "--predict good.mp4 --out nothing": "nothing holds no checkpoint.pt",
@@ -1999,6 +2002,33 @@ def test_classes_of_folders_and_lists(tmp_path):
     assert tests != finetune.hold_out(videos, 1)[1]
 
 
+@pytest.mark.parametrize("names, train, test", [
+    ("train/a/1.mp4 val/a/2.mp4", "train", "val"), ("Train/a/1.mp4 TEST/a/2.mp4 notes/x.txt", "Train", "TEST"),
+    ("training/a/1.mp4 test/2.mp4 validation/a/2.mp4 list.txt", "training", "validation"),
+    ("train/1.mp4 val/2.mp4 __MACOSX/x", "train", "val"), ("train/a/1.mp4 .x/x", "train", ""),
+    ("train/1.mp4 bus/1.mp4", "", ""), ("train/1.mp4 test/1.mp4 bus/2.mp4", "", ""), ("bus/1.mp4 test/1.mp4", "", "")])
+def test_parts_of_a_data_set_in_one_folder(tmp_path, capsys, names, train, test):
+    """They are no classes, unless a class has the name of a part: its videos lie beside other classes."""
+    touch(tmp_path, *names.split())
+    assert cmaev.split_folder(str(tmp_path)) == (str(tmp_path / train), test and str(tmp_path / test))
+    note = f"holds a data set's parts, not classes: {tmp_path / train} to train on"
+    assert (note in capsys.readouterr().out) == bool(train)
+
+
+def test_scripts_take_the_parts_of_a_data_set(demo, tmp_path, capsys, monkeypatch):
+    """As if they were given by hand; --val by hand wins; the header names the classes."""
+    more = ["--data", demo, "--init", "none", "--epochs", 2, "--val-every", 0, "--subset", 8]
+    assert run(finetune, *finetuning(demo, tmp_path / "tuned", *more)) is None
+    settings = json.loads((tmp_path / "tuned" / "settings.json").read_text())["settings"]
+    assert [settings["data"], settings["val"]] == [str(demo / "train"), str(demo / "val")]
+    output = capsys.readouterr().out
+    assert "8 videos of 10 classes (bobbing to up), 2 steps" in output and " of 10 videos, 2 x 2 " in output
+    assert run(finetune, *finetuning(demo, tmp_path, *more, "--probe", "knn", "--val", demo / "train")) is None
+    assert " of 40 videos, 8 labels" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *pretraining(demo, tmp_path, "--data", demo)])
+    assert pretrain.read_videos(pretrain.read_settings()) == cmaev.read_list(demo / "train")
+
+
 def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys, monkeypatch):
     """--eval and --predict take the run's settings and the videos that it held out; a flag by hand wins; the run's own
     report stays."""
@@ -2053,7 +2083,15 @@ def test_names_from_a_file(demo, tmp_path, capsys):
                          "--val-every", 0)
     names.write_text("\n".join(f"Bewegung nach {name}, größer" for name in cmaev.DEMO_CLASSES[:5]), encoding="utf-8")
     assert "has 5 names, but" in run(finetune, *command)
-    names.write_text("\n".join(f"Bewegung nach {name}, größer" for name in cmaev.DEMO_CLASSES), encoding="utf-8")
+    for content, words in ((None, "names.txt cannot be read (No such file"), (b"caf\xe9\n", "cannot be read (not UTF-8)"),
+                           ("a\nb".encode("utf-16"), "(not UTF-8)"), (b"a\r\nb\r\na\r\n", "line 3: a again: give"),
+                           (b"a\n\nb\n", "names.txt, line 2: no name: give"), (b"", "line 1: no name")):
+        names.unlink() if content is None else names.write_bytes(content)
+        end = run(finetune, *command)
+        assert end.startswith("error: ") and words in end and "\n" not in end
+    text = "\n".join(f"Bewegung nach {name}, größer" for name in cmaev.DEMO_CLASSES)
+    names.write_text(text + "\n\n", encoding="utf-8-sig")
+    assert finetune.class_names(videos, listed, names)[0] == "Bewegung nach left, größer"
     assert run(finetune, *command) is None and not (tmp_path / "run" / "best.pt").exists()
     assert '"Bewegung nach' in (tmp_path / "run" / "predictions.csv").read_text(encoding="utf-8")
     assert len(finetune.load(tmp_path / "run").predict(videos[0][0])) == 10
