@@ -473,7 +473,7 @@ class PixelDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, values)
         self.apply(init_weights)
-        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)  # [choice] VideoMAE truncates it at one standard deviation
         nn.init.normal_(self.head.weight, std=0.02)  # [choice] predictions start near the mean, the loss near 1
 
     def forward(self, tokens, visible, masked):
@@ -505,7 +505,7 @@ class AllReduce(torch.autograd.Function):
 class GlobalBatchNorm(nn.Module):
     """Batch norm over the global batch, with the same B on each rank: [B, C] -> [B, C] in float32.
 
-    It keeps no running statistics, as only pre-training uses it.
+    It keeps no running statistics, as only pre-training uses it. Epsilon is 1e-5 [choice]; CMAE's is 1e-6.
     """
 
     def __init__(self, width):
@@ -528,7 +528,7 @@ class ProjectionHead(nn.Sequential):
     def __init__(self, width_in, hidden, width_out):
         super().__init__(nn.Linear(width_in, hidden), GlobalBatchNorm(hidden), nn.ReLU(),
                          nn.Linear(hidden, width_out, bias=False))
-        self.apply(init_weights)
+        self.apply(init_weights)  # [choice] CMAE keeps PyTorch's initialisation
 
 
 # =====================================================================================================================
@@ -751,7 +751,8 @@ def multi_scale_crop(height, width, generator=None):
     """Draws VideoMAE's multi-scale crop -> (top, left, height, width) in pixels.
 
     Height and width are the short side times 1, .875, .75 or .66, at most one step apart. The offset is one of 13, in
-    quarters of the margin: corners, centre, edge middles and the four quarter points.
+    quarters of the margin: corners, centre, edge middles and the four quarter points. [choice]: VideoMAE's quarters are
+    rounded down, so that it misses the far edges by up to 3 pixels, and its sides within 2 pixels of 224 become 224.
     """
     sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
     sizes = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
@@ -786,7 +787,8 @@ def color_parameters(brightness, contrast, saturation, hue, sigma):
 
     Takes scalars: torchvision's factors, hue as a fraction of a full turn. All but the blur form one affine map, in
     argument order, clamped once [choice]: hue rotates the IQ plane, contrast mixes in the clip's mean luma. torchvision
-    uses a random order, shifts hue in HSV, takes each frame's mean, and clamps after each.
+    uses a random order, shifts hue in HSV, takes each frame's mean, and clamps after each. Its hue differs from ours by
+    as much as the operation moves a pixel.
     """
     yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
@@ -1338,16 +1340,15 @@ TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test", "tes
 
 
 def split_folder(root):
-    """Finds a data set's parts -> (folder to train on, folder to test on, "" if there is none), or (root, "").
+    """The parts of a data set that a folder holds: (the one to train on, the one to test on or ""); else (root, "").
 
-    The parts are root/train and the first of root/val, test, ... that exists, in any case; train alone where root holds
-    no other folder. Class folders may have these names too: beside other folders, train must hold folders itself.
+    They are root/train and the first of root/val, root/test, ... that exists. Beside other folders they may be classes:
+    then both must exist and train must hold folders itself.
     """
     entries = os.scandir(root) if os.path.isdir(root) else ()
-    folders = {entry.name.lower(): entry.path for entry in entries
-               if entry.is_dir() and not entry.name.startswith(".") and entry.name not in HIDDEN}
+    folders = {entry.name.lower(): entry.path for entry in entries if entry.is_dir() and entry.name not in HIDDEN}
     train, test = (next((folders[name] for name in names if name in folders), "") for names in (TRAIN, TEST))
-    others = folders.keys() - {*TRAIN, *TEST}
+    others = [name for name in folders if name not in TRAIN + TEST and not name.startswith(".")]
     if not train or others and not (test and any(entry.is_dir() for entry in os.scandir(train))):
         return root, ""
     print0(f"{root} holds a data set's parts, not classes: {train} to train on, {test or 'no folder'} to test on")
@@ -2367,8 +2368,10 @@ def main():
         raise CMAEVError(f"{run} is not a run of pretrain.py: it has no settings.json")
     if run:
         vars(s).update(json.loads(Path(run, "settings.json").read_text())["settings"])
+    if hasattr(s, "layer_decay"):
+        raise CMAEVError(f"{run} is a run of finetune.py, from --init {s.init}: give a run of pretrain.py")
     torch.manual_seed(0)
-    model = CMAEV(s.encoder, s.contrast_weight or 0.14, s.temperature, fusion=s.fusion, frames=s.frames, size=s.size,
+    model = CMAEV(s.encoder, s.contrast_weight, s.temperature, fusion=s.fusion, frames=s.frames, size=s.size,
                   tubelet=s.tubelet, patch=s.patch)
     if run:
         load_weights(model, read_checkpoint(Path(run, "checkpoint.pt"))["model"], run)
@@ -2382,24 +2385,25 @@ def main():
     mask, (visible, masked) = sample["mask"], visible_and_masked(sample["mask"])
     with torch.no_grad():
         losses, tokens = model(online, target, mask), model.encoder(online, visible)
-        feature, target_feature = model.features(online, target, mask)
-        query, key = model.predictor(model.projector(feature)), model.target_projector(target_feature)
         steps = {"online clips": online, "target clips, coloured": target, "mask (1: masked)": mask.float(),
-                 "eq. 1  visible tokens": tokens, "eq. 2  online features": feature,
-                 "eq. 3  target features": target_feature,
-                 "eq. 4  cosine similarities": F.normalize(query) @ F.normalize(key).T,
-                 "eq. 5  L_c of these four clips": losses["contrast"],
-                 "eq. 6  predicted cubes": model.decoder(tokens, visible, masked),
-                 "eq. 7  L_r": losses["reconstruction"], f"eq. 8  L_r + {model.contrast_weight} L_c": losses["loss"]}
+                 "eq. 1  visible tokens": tokens, "eq. 2  online features": losses["feature"]}
+        if s.contrast_weight:  # else there is no target branch
+            target_feature = model.target_encoder(target).mean(dim=1)
+            query, key = model.predictor(model.projector(losses["feature"])), model.target_projector(target_feature)
+            steps |= {"eq. 3  target features": target_feature,
+                      "eq. 4  cosine similarities": F.normalize(query) @ F.normalize(key).T,
+                      "eq. 5  L_c of these four clips": losses["contrast"]}
+        steps |= {"eq. 6  predicted cubes": model.decoder(tokens, visible, masked),
+                  "eq. 7  L_r": losses["reconstruction"], f"eq. 8  L_r + {s.contrast_weight} L_c": losses["loss"]}
     print(f"{'':<32}  mean +- standard deviation  [shape]")
     for name, x in steps.items():
         spread = f" +- {x.std():.3f}  {list(x.shape)}" if x.ndim else ""
         print(f"{name:<32}{x.mean():6.3f}{spread}")
     original, hidden, _, filled = model.reconstruct(online[:1], mask[:1])
     rows = torch.cat([original, hidden, to_unit_range(target[:1]), filled][:4 if run else 3]).transpose(1, 2)
-    frames = rows[:, ::-(-s.frames // 8)]
-    write_png((make_grid(frames.flatten(0, 1), nrow=frames.shape[1]) * 255).byte(), f"{Path(path).stem}.png")
-    print(f"{Path(path).stem}.png, rows: online frames; masked; target frames" + "; reconstruction" * bool(run))
+    frames, picture = rows[:, ::-(-s.frames // 8)], Path(run or "", f"{Path(path).stem}.png")
+    write_png((make_grid(frames.flatten(0, 1), nrow=frames.shape[1]) * 255).byte(), str(picture))
+    print(f"{picture}, rows: online frames; masked; target frames" + "; reconstruction" * bool(run))
 
 
 if __name__ == "__main__":

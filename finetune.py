@@ -77,24 +77,21 @@ def class_folder(video, root):
 def class_names(videos, source="", file=""):
     """The names of classes 0, 1, ... of the labelled videos of a list or folder `source`.
 
-    `file` holds one name per line. Without it, a name is the class folder or, in a list, the folder that holds the
-    videos, if each class has its own; else the label. Raises CMAEVError for a file that cannot be read as UTF-8, for an
-    empty line or a name that occurs twice in it, and for a label without a name; without a file, for a class between 0
-    and the largest that has no video.
+    `file`, in UTF-8, holds one name per line. Without it, a name is the class folder or, in a list, the folder that
+    holds the videos, if each class has its own; else the label. Raises CMAEVError for a file that cannot be read, for a
+    label without a name of its own and, without a file, for a class between 0 and the largest that has no video.
     """
     if file:
         if os.path.isdir(source):
             raise cmaev.CMAEVError("--names is for lists: a folder's classes are its class folders")
-        try:
-            text = Path(file).read_text(encoding="utf-8-sig")  # sig: skips a byte order mark
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", "not UTF-8")
-            raise cmaev.CMAEVError(f"--names {file} cannot be read ({reason}): give a text file in UTF-8") from None
+        if not os.path.isfile(file):
+            raise cmaev.CMAEVError(f"--names {file}: no such file: give a text file, a name per line, label 0 first")
+        text = Path(file).read_text(encoding="utf-8-sig", errors="replace")  # sig: skips a byte order mark
         names = [line.strip() for line in text.rstrip().split("\n")]
         for i, name in enumerate(names):
-            if not name or name in names[:i]:
-                what = f"{name} again" if name else "no name"
-                raise cmaev.CMAEVError(f"{file}, line {i + 1}: {what}: give each label its own name, label 0 first")
+            if not name or "\ufffd" in name or name in names[:i]:
+                raise cmaev.CMAEVError(f"{file}, line {i + 1}: {name!r} is empty, not UTF-8, or there twice: give each "
+                                       "label a name of its own")
         if (largest := max(label for _, label in videos)) >= len(names):
             raise cmaev.CMAEVError(f"{file} has {len(names)} names, but {source} has label {largest}: give a name per "
                                    "line, label 0 first")
@@ -103,8 +100,7 @@ def class_names(videos, source="", file=""):
     for path, label in videos:
         folder = class_folder(path, source) if os.path.isdir(source) else Path(path).parent.name
         folders.setdefault(label, set()).add(folder)
-    missing = [label for label in range(len(folders)) if label not in folders]  # labels may be huge
-    if missing:
+    if missing := [label for label in range(len(folders)) if label not in folders]:  # labels may be huge
         raise cmaev.CMAEVError(f"class {missing[0]} of 0 to {max(folders)} has no video in the list: renumber them")
     own = len(set.union(*folders.values())) == len(folders) and all(len(names) == 1 for names in folders.values())
     return [folders[label].pop() if own else str(label) for label in range(len(folders))]
@@ -156,8 +152,9 @@ class LabelledClips(cmaev.VideoClips):
     """Labelled clips for fine-tuning and testing.
 
     `sampling` is "dense" (a stride of `rate`, K400) or "uniform" (one frame per segment, SSv2). For training, `augment`
-    is a transform of uint8 [T, 3, H, W] and `repeats` clips come out of one opened video [repeated sampling]. Without
-    `augment`, the clips are the test views: segments x crops, crops along the long side.
+    is a transform of uint8 [T, 3, H, W] and `repeats` clips come out of one opened video [repeated sampling], each with
+    its own frames [choice: VideoMAE augments the same frames twice]. Without `augment`, the clips are the test views:
+    segments x crops, crops along the long side.
     dataset[epoch, index], V clips:
         clip      uint8 [V, T, 3, S, S]   black where a test video cannot be read
         label     int64 [V]
@@ -174,8 +171,10 @@ class LabelledClips(cmaev.VideoClips):
             self.attempts = 1
 
     def sample(self, video, label, index, generator):
+        """`video`: a Video, or all of its frames, uint8 [n, H, W, 3]."""
         indices = torch.stack(self.frame_indices(len(video)))
-        clips = video.read(indices.flatten()).unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
+        frames = video[indices.flatten()] if torch.is_tensor(video) else video.read(indices.flatten())
+        clips = frames.unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
         to_views = (lambda clip: [self.augment(clip)]) if self.augment else self.test_crops
         return self.labelled(torch.stack([view for clip in clips for view in to_views(clip)]), label, index)
 
@@ -196,37 +195,34 @@ class LabelledClips(cmaev.VideoClips):
         multiples of the rate); uniform, at 0, 1 / segments, 2 / segments, ... of each part. A single clip: the middle.
         The last frame of a video shorter than a dense clip repeats [VideoMAE].
         """
+        n = self.segments
         if self.sampling == "dense":
             last = max(num_frames - 1 - (self.frames - 1) * self.rate, 0)
-            starts = [(last + 1) // 2]
+            starts = [k * last // (n - 1) for k in range(n)] if n > 1 else [(last + 1) // 2]
             if self.augment:
                 starts = torch.randint(last + 1, (self.repeats,)).tolist()
-            elif self.segments > 1:
-                starts = [k * last // (self.segments - 1) for k in range(self.segments)]
             return [(start + self.rate * torch.arange(self.frames)).clamp(max=num_frames - 1) for start in starts]
-        offsets = [k / self.segments for k in range(self.segments)] if self.segments > 1 else [0.5]
+        offsets = [k / n for k in range(n)] if n > 1 else [0.5]
         if self.augment:
             offsets = [torch.rand(self.frames) for _ in range(self.repeats)]
         return [uniform_indices(num_frames, self.frames, offset) for offset in offsets]
 
     def test_crops(self, clip):
-        """Short side to S, then crops of S x S evenly along the long side, one in its middle: [T, 3, H, W] -> list.
-
-        Offsets are rounded down [VideoMAE].
-        """
+        """Short side to S, then crops of S x S evenly along the long side, one in its middle: [T, 3, H, W] -> list."""
         clip = v2.functional.resize(clip, [self.size], antialias=True)
         room = [side - self.size for side in clip.shape[2:]]
-        corners = [[free // 2 for free in room]]
-        if self.crops > 1:
-            corners = [[k * free // (self.crops - 1) for free in room] for k in range(self.crops)]
+        k_of_n = [(k, self.crops - 1) for k in range(self.crops)] if self.crops > 1 else [(1, 2)]
+        corners = [[k * free // n for free in room] for k, n in k_of_n]  # rounded down [VideoMAE]
         return [clip[..., top:top + self.size, left:left + self.size] for top, left in corners]
 
 
 def training_augmentation(size, smallest_crop, flip, rand_augment, erasing):
     """VideoMAE's augmentation for fine-tuning by torchvision, one draw per clip: uint8 [T, 3, H, W] -> [T, 3, S, S].
 
-    timm's rand-m7-n4-mstd0.5-inc1 skips each operation half of the time and varies its strength; torchvision always
-    applies all four at strength 7 of 10. timm erases with noise; torchvision erases with the mean colour.
+    [choice] where VideoMAE has timm's: rand-m7-n4-mstd0.5-inc1 skips each operation half of the time and varies its
+    strength; torchvision always applies all four at strength 7 of 10, posterises to 5 bits instead of 2, has Identity
+    instead of Invert and SolarizeAdd, and here interpolates bilinearly instead of bicubically. timm erases with noise;
+    torchvision erases with the mean colour.
     """
     mean = [round(255 * m) for m in cmaev.MEAN]
     operations = v2.RandAugment(num_ops=4, magnitude=7, num_magnitude_bins=11, fill=mean,
@@ -284,11 +280,23 @@ class Classifier(nn.Module):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
 
     @torch.no_grad()
-    def predict(self, path):
-        """Classifies a video -> [(class name, probability)], the best first. Raises BadVideo if it cannot be read."""
-        clips = self.test_clips([(path, None)])
-        with cmaev.bad_video(path, "cropped and resized"):
-            views = clips.sample(cmaev.Video(path), None, 0, None)["clip"]
+    def predict(self, video):
+        """Classifies a video -> [(class name, probability)], the best first.
+
+        `video`: a path; all frames of a video, uint8 [n, H, W, 3], a tensor or an array; or a list of these, which
+        gives a list. Raises BadVideo for a file that cannot be read, CMAEVError for other frames.
+        """
+        if isinstance(video, (list, tuple)):
+            return [self.predict(each) for each in video]
+        if not isinstance(video, (str, os.PathLike)):
+            frames = np.ascontiguousarray(video)  # torch takes no reversed channels
+            if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
+                got = f"{frames.dtype} {list(frames.shape)}"
+                raise cmaev.CMAEVError(f"{got}: give a path, or all frames of a video, uint8 [n, H, W, 3]")
+            views = self.test_clips([]).sample(torch.from_numpy(frames), None, 0, None)["clip"]
+        else:
+            with cmaev.bad_video(video, "cropped and resized"):
+                views = self.test_clips([]).sample(cmaev.Video(video), None, 0, None)["clip"]
         scores = self(cmaev.normalize(views.to(self.head.weight.device))).softmax(dim=1).mean(dim=0)
         best = scores.argsort(descending=True).tolist()
         return [(self.names[i], float(scores[i])) for i in best]
@@ -651,7 +659,7 @@ def write_features(s, score, device):
     videos = cmaev.read_list(s.data)
     labels = [-1 if label is None else label for _, label in videos]
     if max(map(abs, labels)) >= 2**63:
-        raise cmaev.CMAEVError(f"{s.data}: label {max(labels, key=abs)} does not fit into 64 bits: renumber the classes")
+        raise cmaev.CMAEVError(f"{s.data}: label {max(labels, key=abs)} takes more than 64 bits: renumber the classes")
     features = pooled_features(s, cmaev.load_encoder(s.init), videos, score, device)
     if cmaev.this_rank() == 0:
         with cmaev.atomic_write(s.features, "wb") as file:

@@ -366,8 +366,8 @@ def wrong(tmp_path_factory):
     good, audio = "good.mp4 0\n", "audio.mp4 0\n"
     for name, text in {"text.mp4": "no video", "good.txt": 8 * good, "one.txt": good, "audio.txt": audio,
                        "text.txt": "text.mp4 0\n", "gone.txt": good + "lost.mp4 1\n", "label.txt": "good.mp4 jump\n",
-                       "large.txt": "good.mp4 7\n", "huge.txt": f"{good}good.mp4 {10**20}\n", "gap.txt": good + "good.mp4 2\n", "none.txt": "good.mp4\n",
-                       "late.txt": good + 7 * audio}.items():
+                       "large.txt": "good.mp4 7\n", "gap.txt": good + "good.mp4 2\n", "none.txt": "good.mp4\n",
+                       "late.txt": good + 7 * audio, "huge.txt": f"{good}good.mp4 {10**20}\n"}.items():
         (folder / name).write_text(text)
     for name, content in {"other": {"model": {"a": torch.ones(1)}}, "no-tensors": {"model": {}, "epoch": 3},
                           "tensor": torch.ones(1)}.items():
@@ -1602,7 +1602,7 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--init other.pt": "other.pt is of another model: it has no patch_embed.proj.weight: give a run's folder",
         "--data huge.txt": f"class 1 of 0 to {10**20} has no video", "--val huge.txt": f"good.mp4 has label {10**20}: ",
         "--data huge.txt --probe knn": f"class 1 of 0 to {10**20} has no video",
-        "--data huge.txt --features x.npz --init other.pt": f"label {10**20} does not fit into 64 bits",
+        "--data huge.txt --features x.npz --init other.pt": f"label {10**20} takes more than 64 bits",
         "--val text.txt --probe knn --workers 1": "text.mp4: cannot be opened", "--layer-decay 0": "a number in (0, 1]",
         "--data one.txt --probe linear": "two or more training videos", "--recipe k400 --data=": "--data is not given",
         "--predict": "name one or more videos", "--predict good.mp4 --out nothing": "nothing holds no checkpoint.pt",
@@ -1850,11 +1850,18 @@ def test_one_clip_through_the_method(demo, undisturbed, tuned, tmp_path, monkeyp
     values = dict(re.findall(r"(eq\. \d).*?  +(-?\d+\.\d+)", output))
     assert list(values) == [f"eq. {i}" for i in range(1, 9)]
     assert float(values["eq. 8"]) == pytest.approx(float(values["eq. 7"]) + 0.14 * float(values["eq. 5"]), abs=2e-3)
-    assert cmaev.decode_image("00000.png").shape == (3, 2 + 4 * 34, 2 + 4 * 34)
-    assert end_of(path) is None and "[4, 160, 384]" in capsys.readouterr().out
+    assert cmaev.decode_image(str(undisturbed / "00000.png")).shape == (3, 2 + 4 * 34, 2 + 4 * 34)
+    assert f"{undisturbed / '00000.png'}, rows: online" in output and not os.listdir()
+    assert end_of(path) is None and "[4, 160, 384]" in capsys.readouterr().out and os.listdir() == ["00000.png"]
+    videomae = pretraining(demo, "videomae", "--contrast-weight", 0, "--subset", 8, "--epochs", 2)
+    assert run(pretrain, *videomae) is None and capsys.readouterr() and end_of(path, "videomae") is None
+    output = capsys.readouterr().out
+    values = dict(re.findall(r"(eq\. \d).*?  +(-?\d+\.\d+)", output))
+    assert list(values) == [f"eq. {i}" for i in (1, 2, 6, 7, 8)] and values["eq. 7"] == values["eq. 8"]
     for arguments, words in (((), "give a video"), ((wrong / "audio.mp4",), "audio.mp4: has no video stream"),
                              ((wrong / "text.mp4",), "cannot be opened as a video"),
-                             ((path, tmp_path), "is not a run of pretrain.py"), ((path, tuned), "is of another model")):
+                             ((path, tmp_path), "is not a run of pretrain.py"),
+                             ((path, tuned), f"is a run of finetune.py, from --init {undisturbed}: ")):
         end = end_of(*arguments)
         assert end.startswith("error: ") and words in end and "\n" not in end
 
@@ -2055,8 +2062,15 @@ def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys, mon
     model = finetune.load(tuned)
     name, probability = model.predict(rows[3][0])[0]
     assert name == rows[3][2] and probability == pytest.approx(float(rows[3][3]), abs=1e-4)
+    frames = cmaev.Video(rows[3][0]).read(range(48))
+    for given in (frames, frames.numpy()[..., ::-1].copy()[..., ::-1], [rows[3][0], frames]):
+        answers = model.predict(given)
+        assert (answers[0] if type(given) is list else answers)[0] == (name, probability)
     with pytest.raises(cmaev.BadVideo, match="list.txt: cannot be opened"):
-        model.predict(write_list(Path("list.txt"), []))
+        model.predict([rows[3][0], write_list(Path("list.txt"), [])])
+    for wrong in (frames / 255, frames.movedim(-1, 1), frames[0], frames[:0], [*frames], 3):
+        with pytest.raises(cmaev.CMAEVError, match="uint8 .n, H, W, 3."):
+            model.predict(wrong)
     for probe in ("linear", "knn"):
         output = output_of(*command, "--probe", probe)
         assert "no --val: 10 of the 40 videos" in output and f"{probe} probe of {undisturbed}: top-1 " in output
@@ -2083,12 +2097,12 @@ def test_names_from_a_file(demo, tmp_path, capsys):
                          "--val-every", 0)
     names.write_text("\n".join(f"Bewegung nach {name}, größer" for name in cmaev.DEMO_CLASSES[:5]), encoding="utf-8")
     assert "has 5 names, but" in run(finetune, *command)
-    for content, words in ((None, "names.txt cannot be read (No such file"), (b"caf\xe9\n", "cannot be read (not UTF-8)"),
-                           ("a\nb".encode("utf-16"), "(not UTF-8)"), (b"a\r\nb\r\na\r\n", "line 3: a again: give"),
-                           (b"a\n\nb\n", "names.txt, line 2: no name: give"), (b"", "line 1: no name")):
-        names.unlink() if content is None else names.write_bytes(content)
+    assert "lost.txt: no such file: give a text file" in run(finetune, *command, "--names", "lost.txt")
+    for content, number in ((b"a\ncaf\xe9\n", 2), ("a\nb".encode("utf-16"), 1), (b"a\r\nb\r\na\r\n", 3),
+                            (b"a\n\nb\n", 2), (b"", 1)):
+        names.write_bytes(content)
         end = run(finetune, *command)
-        assert end.startswith("error: ") and words in end and "\n" not in end
+        assert f"names.txt, line {number}: " in end and "is empty, not UTF-8, or there twice" in end and "\n" not in end
     text = "\n".join(f"Bewegung nach {name}, größer" for name in cmaev.DEMO_CLASSES)
     names.write_text(text + "\n\n", encoding="utf-8-sig")
     assert finetune.class_names(videos, listed, names)[0] == "Bewegung nach left, größer"
