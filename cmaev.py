@@ -751,8 +751,8 @@ def multi_scale_crop(height, width, generator=None):
     """Draws VideoMAE's multi-scale crop -> (top, left, height, width) in pixels.
 
     Height and width are the short side times 1, .875, .75 or .66, at most one step apart. The offset is one of 13, in
-    quarters of the margin: corners, centre, edge middles and the four quarter points. [choice]: VideoMAE's quarters are
-    rounded down, so that it misses the far edges by up to 3 pixels, and its sides within 2 pixels of 224 become 224.
+    quarters of the margin: corners, centre, edge middles and the four quarter points. [choice]: VideoMAE rounds
+    the quarter down, which misses the far edges by up to 3 pixels, and sides of 222 to 226 become 224.
     """
     sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
     sizes = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
@@ -787,8 +787,8 @@ def color_parameters(brightness, contrast, saturation, hue, sigma):
 
     Takes scalars: torchvision's factors, hue as a fraction of a full turn. All but the blur form one affine map, in
     argument order, clamped once [choice]: hue rotates the IQ plane, contrast mixes in the clip's mean luma. torchvision
-    uses a random order, shifts hue in HSV, takes each frame's mean, and clamps after each. Its hue differs from ours by
-    as much as the operation moves a pixel.
+    uses a random order, shifts hue in HSV, takes each frame's mean, and clamps after each. The two hues differ
+    by as much as the operation moves a pixel.
     """
     yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
@@ -1340,18 +1340,18 @@ TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test", "tes
 
 
 def split_folder(root):
-    """The parts of a data set that a folder holds: (the one to train on, the one to test on or ""); else (root, "").
+    """A data set's parts in a folder -> the one to train on, the one to test on or ""; without parts root, "".
 
-    They are root/train and the first of root/val, root/test, ... that exists. Beside other folders they may be classes:
-    then both must exist and train must hold folders itself.
+    They are root/train and the first of root/val, root/test, ... that exists. Beside other folders they may be
+    classes: then both must exist and train must hold folders itself.
     """
-    entries = os.scandir(root) if os.path.isdir(root) else ()
-    folders = {entry.name.lower(): entry.path for entry in entries if entry.is_dir() and entry.name not in HIDDEN}
+    entries = [e for e in os.scandir(root) if e.is_dir()] if os.path.isdir(root) else []
+    folders = {e.name.lower(): e.path for e in entries if e.name not in HIDDEN and e.name[0] != "."}
     train, test = (next((folders[name] for name in names if name in folders), "") for names in (TRAIN, TEST))
-    others = [name for name in folders if name not in TRAIN + TEST and not name.startswith(".")]
+    others = folders.keys() - {*TRAIN, *TEST}
     if not train or others and not (test and any(entry.is_dir() for entry in os.scandir(train))):
         return root, ""
-    print0(f"{root} holds a data set's parts, not classes: {train} to train on, {test or 'no folder'} to test on")
+    print0(f"{root} holds a data set's parts, not classes: {train} to train on, {test or 'none'} to test on")
     return train, test
 
 

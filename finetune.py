@@ -77,21 +77,21 @@ def class_folder(video, root):
 def class_names(videos, source="", file=""):
     """The names of classes 0, 1, ... of the labelled videos of a list or folder `source`.
 
-    `file`, in UTF-8, holds one name per line. Without it, a name is the class folder or, in a list, the folder that
-    holds the videos, if each class has its own; else the label. Raises CMAEVError for a file that cannot be read, for a
-    label without a name of its own and, without a file, for a class between 0 and the largest that has no video.
+    `file`, in UTF-8, holds one name per line. Without it, a name is the class folder or, in a list, the folder
+    that holds the videos, if each class has its own; else the label. Raises CMAEVError for a label without a name
+    of its own and, without a file, for a class between 0 and the largest that has no video.
     """
     if file:
         if os.path.isdir(source):
             raise cmaev.CMAEVError("--names is for lists: a folder's classes are its class folders")
         if not os.path.isfile(file):
-            raise cmaev.CMAEVError(f"--names {file}: no such file: give a text file, a name per line, label 0 first")
+            raise cmaev.CMAEVError(f"--names {file}: no such file: give a text file, one name per line")
         text = Path(file).read_text(encoding="utf-8-sig", errors="replace")  # sig: skips a byte order mark
         names = [line.strip() for line in text.rstrip().split("\n")]
         for i, name in enumerate(names):
             if not name or "\ufffd" in name or name in names[:i]:
-                raise cmaev.CMAEVError(f"{file}, line {i + 1}: {name!r} is empty, not UTF-8, or there twice: give each "
-                                       "label a name of its own")
+                raise cmaev.CMAEVError(f"{file}, line {i + 1}: {name!r} is empty, not UTF-8, or there twice: give "
+                                       "each label a name of its own")
         if (largest := max(label for _, label in videos)) >= len(names):
             raise cmaev.CMAEVError(f"{file} has {len(names)} names, but {source} has label {largest}: give a name per "
                                    "line, label 0 first")
@@ -152,9 +152,9 @@ class LabelledClips(cmaev.VideoClips):
     """Labelled clips for fine-tuning and testing.
 
     `sampling` is "dense" (a stride of `rate`, K400) or "uniform" (one frame per segment, SSv2). For training, `augment`
-    is a transform of uint8 [T, 3, H, W] and `repeats` clips come out of one opened video [repeated sampling], each with
-    its own frames [choice: VideoMAE augments the same frames twice]. Without `augment`, the clips are the test views:
-    segments x crops, crops along the long side.
+    is a transform of uint8 [T, 3, H, W] and `repeats` clips come out of one opened video [repeated sampling], with
+    frames of their own [choice] (VideoMAE augments the same ones twice). Without `augment`, the clips are the test
+    views: segments x crops, crops along the long side.
     dataset[epoch, index], V clips:
         clip      uint8 [V, T, 3, S, S]   black where a test video cannot be read
         label     int64 [V]
@@ -191,8 +191,8 @@ class LabelledClips(cmaev.VideoClips):
     def frame_indices(self, num_frames):
         """Draws `repeats` clips or, in testing, places `segments` clips evenly -> list of int64 [T].
 
-        Test clips [VideoMAE]: dense, from the first to the last possible start, rounded down (VideoMAE's starts are
-        multiples of the rate); uniform, at 0, 1 / segments, 2 / segments, ... of each part. A single clip: the middle.
+        Test clips [VideoMAE]: dense, from the first to the last start, rounded down (VideoMAE's are multiples of
+        the rate); uniform, at 0, 1 / segments, 2 / segments, ... of each part. A single clip: the middle.
         The last frame of a video shorter than a dense clip repeats [VideoMAE].
         """
         n = self.segments
@@ -219,10 +219,9 @@ class LabelledClips(cmaev.VideoClips):
 def training_augmentation(size, smallest_crop, flip, rand_augment, erasing):
     """VideoMAE's augmentation for fine-tuning by torchvision, one draw per clip: uint8 [T, 3, H, W] -> [T, 3, S, S].
 
-    [choice] where VideoMAE has timm's: rand-m7-n4-mstd0.5-inc1 skips each operation half of the time and varies its
-    strength; torchvision always applies all four at strength 7 of 10, posterises to 5 bits instead of 2, has Identity
-    instead of Invert and SolarizeAdd, and here interpolates bilinearly instead of bicubically. timm erases with noise;
-    torchvision erases with the mean colour.
+    [choice] timm's rand-m7-n4-mstd0.5-inc1 skips each operation half of the time and varies its strength;
+    torchvision applies all four at strength 7 of 10, posterises to 5 bits instead of 2, has Identity instead of
+    Invert and SolarizeAdd, and interpolates bilinearly, not bicubically. timm erases with noise, ours with a colour.
     """
     mean = [round(255 * m) for m in cmaev.MEAN]
     operations = v2.RandAugment(num_ops=4, magnitude=7, num_magnitude_bins=11, fill=mean,
@@ -283,8 +282,8 @@ class Classifier(nn.Module):
     def predict(self, video):
         """Classifies a video -> [(class name, probability)], the best first.
 
-        `video`: a path; all frames of a video, uint8 [n, H, W, 3], a tensor or an array; or a list of these, which
-        gives a list. Raises BadVideo for a file that cannot be read, CMAEVError for other frames.
+        `video`: a path; all frames of a video, uint8 [n, H, W, 3], a tensor or an array; or a list of these, for
+        a list of results. Raises BadVideo for a file that cannot be read, CMAEVError for other frames.
         """
         if isinstance(video, (list, tuple)):
             return [self.predict(each) for each in video]
@@ -659,7 +658,7 @@ def write_features(s, score, device):
     videos = cmaev.read_list(s.data)
     labels = [-1 if label is None else label for _, label in videos]
     if max(map(abs, labels)) >= 2**63:
-        raise cmaev.CMAEVError(f"{s.data}: label {max(labels, key=abs)} takes more than 64 bits: renumber the classes")
+        raise cmaev.CMAEVError(f"{s.data}: label {max(labels, key=abs)} takes more than 64 bits: renumber")
     features = pooled_features(s, cmaev.load_encoder(s.init), videos, score, device)
     if cmaev.this_rank() == 0:
         with cmaev.atomic_write(s.features, "wb") as file:
