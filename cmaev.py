@@ -27,10 +27,8 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -81,6 +79,9 @@ class BadVideo(CMAEVError):
 
 def normalize(clips):
     """ImageNet-normalises a batch: [B, T, 3, H, W] in 0..255 (datasets) -> float32 [B, 3, T, H, W] (models)."""
+    if clips.ndim != 5 or clips.shape[2] != 3:
+        raise CMAEVError(f"clips are {list(clips.shape)}, normalize takes [B, T, 3, H, W]: give the frames "
+                         "[T, H, W, 3] of Video.read as frames[None].movedim(-1, 2)")
     channels = zip(clips.unbind(2), MEAN, STD)
     return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=1)
 
@@ -233,11 +234,12 @@ class Encoder(nn.Module):
         self.register_buffer("positions", sincos_table(math.prod(self.grid), width), persistent=False)
 
     def check(self, clip, mask=None):
-        """Raises CMAEVError if the clip or the bool mask does not have the shape that the encoder is built for."""
+        """Raises CMAEVError if the clip or the bool mask has another shape or type than the encoder takes."""
         clip_shape = [len(clip), 3, *(n * side for n, side in zip(self.grid, self.cube))]
         mask_shape = [len(clip), math.prod(self.grid)]
-        if list(clip.shape) != clip_shape:
-            raise CMAEVError(f"clip [B, 3, T, H, W] is {list(clip.shape)}, the encoder takes {clip_shape}")
+        if list(clip.shape) != clip_shape or not clip.is_floating_point():
+            raise CMAEVError(f"clip [B, 3, T, H, W] is {clip.dtype} {list(clip.shape)}, the encoder takes "
+                             f"float32 {clip_shape}: give normalize(clips) of clips [B, T, 3, H, W]")
         if mask is not None and (mask.dtype != torch.bool or list(mask.shape) != mask_shape):
             raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, the encoder takes bool [B, N] {mask_shape}")
 
@@ -847,6 +849,9 @@ class VideoClips(Dataset):
     attempts = 10
 
     def __init__(self, videos, seed=0, log=None):
+        is_path = lambda x: isinstance(x, (str, os.PathLike))
+        if is_path(videos) or videos and is_path(videos[0]):
+            raise CMAEVError(f"videos are {str(videos):.60}, not (path, label) pairs: give read_list(path)")
         self.videos, self.seed, self.log = videos, seed, log
 
     def __len__(self):
@@ -854,7 +859,8 @@ class VideoClips(Dataset):
 
     def __getitem__(self, key):
         if not isinstance(key, tuple) or len(key) != 2 or key[0] < 0 or not 0 <= key[1] < len(self.videos):
-            raise CMAEVError(f"no sample {key}: give dataset[epoch, index], epoch from 0, index 0 to {len(self) - 1}")
+            raise CMAEVError(f"no sample {key}: give dataset[epoch, index], epoch from 0, index 0 to "
+                             f"{len(self) - 1}, and a DataLoader sampler=[(epoch, index), ...]")
         draw, index = key, key[1]
         for attempt in range(self.attempts):
             if attempt:
@@ -1745,6 +1751,7 @@ def parse_settings(parser, recipes, argv):
     """Parses the command line -> settings, the set of names of the flags that were given.
 
     The values of --recipe, one dict per recipe, replace the parser's defaults. --data clears the recipe's --val.
+    settings.overridden holds the recipe's values of the flags that were given.
     Raises CMAEVError for a wrong flag or value, for --data without --recipe and for --val without --data.
     """
     def fail(message):
@@ -1759,6 +1766,7 @@ def parse_settings(parser, recipes, argv):
     settings = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(settings), parser))  # a mark that only given flags replace
     by_hand = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not parser}
+    settings.overridden = {name: parser.get_default(name) for name in sorted(by_hand)}
     from_run = by_hand & {"eval", "predict", "export", "features"}  # they take the settings of the run or the weights
     if "data" in by_hand and "recipe" not in by_hand and not from_run:
         fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 (of 224x224, "
@@ -1768,8 +1776,23 @@ def parse_settings(parser, recipes, argv):
     if "data" in by_hand and "val" not in by_hand:
         settings.val = ""
     if settings.warmup_epochs >= settings.epochs:
-        fail(f"--warmup-epochs {settings.warmup_epochs}: give less than the {settings.epochs} of --epochs")
+        fail(f"{flag(settings, 'warmup_epochs')}: give less than {flag(settings, 'epochs')}")
     return settings, by_hand
+
+
+def flag(s, name):
+    """How an error names a flag: "--lr 0.1", or "the recipe's --lr 0.1" if the user did not give it."""
+    whose = "" if name in s.overridden else "the recipe's "
+    return f"{whose}--{name.replace('_', '-')} {getattr(s, name)}"
+
+
+def check_paths(s, *names):
+    """Raises CMAEVError if one of these flags gives a path that does not exist."""
+    for name in names:
+        if getattr(s, name) not in ("", "none") and not os.path.exists(getattr(s, name)):
+            what = "file of weights" if name == "init" else "list"
+            advice = "correct it" if name in s.overridden else f"run pretrain.py first, or give --{name}"
+            raise CMAEVError(f"{flag(s, name)}: no such {what} or folder: {advice}")
 
 
 def run_script(main):
@@ -1844,6 +1867,17 @@ def print0(*values):
     """Prints on rank 0."""
     if this_rank() == 0:
         print(*values, flush=True)
+
+
+def progress(items, what, every=10):
+    """Yields the items. Rank 0 prints every ten seconds how many are done, and the time left."""
+    began = shown = time.monotonic()
+    for done, item in enumerate(items):
+        if done and time.monotonic() - shown >= every:
+            shown = time.monotonic()
+            left = timedelta(seconds=round((shown - began) * (len(items) - done) / done))
+            print0(f"{what} {done}/{len(items)}  {left} left")
+        yield item
 
 
 @contextlib.contextmanager
@@ -1950,8 +1984,8 @@ def micro_batches(s, repeats=1):
     of_rank = s.batch_size // world_size()
     part = min(s.micro_batch, of_rank) or of_rank
     if s.batch_size % world_size() or of_rank % part or part % repeats:
-        what = f"{part} of --micro-batch" if s.micro_batch else f"{repeats} repeats"
-        raise CMAEVError(f"--batch-size {s.batch_size}: give a multiple of {world_size()} ranks x {what}"
+        what = f"{part} of {flag(s, 'micro_batch')}" if s.micro_batch else f"{repeats} repeats"
+        raise CMAEVError(f"{flag(s, 'batch_size')}: give a multiple of {world_size()} ranks x {what}"
                          + f", a multiple of {repeats} repeats" * bool(s.micro_batch and repeats > 1))
     return of_rank // part
 
@@ -2045,6 +2079,17 @@ def set_learning_rate(optimizer, s, step, per_epoch):
     return lr
 
 
+def note_weak_settings(s, steps):
+    """Prints a note if a run has few steps, or a peak learning rate below a tenth of the recipe's."""
+    if steps < 500:
+        print0(f"note: {steps} steps are few: for 500 give --epochs {math.ceil(500 * s.epochs / steps)}")
+    usual = s.overridden.get("lr", s.lr) * s.overridden.get("batch_size", s.batch_size) / 256
+    peak = s.lr * s.batch_size / 256
+    if peak < usual / 10:
+        print0(f"note: the learning rate, --lr x --batch-size / 256, rises to {peak:.1e}, the recipe's to "
+               f"{usual:.1e}: for that give --lr {256 * usual / s.batch_size:.1e}")
+
+
 def decay_groups(model, weight_decay):
     """AdamW's groups: weight decay on matrices, none on biases, norms and the mask token (all of them 1-D)."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -2134,7 +2179,8 @@ def atomic_write(path, mode="w"):
         Path(f"{path}.partial").unlink(missing_ok=True)
         for cause in (error, error.__context__):  # torch.save hides the reason behind an error of its own
             if isinstance(cause, OSError):
-                raise CMAEVError(f"{path} cannot be written ({cause.strerror}): the previous file is kept") from None
+                kept = "the previous file is kept" if os.path.isfile(path) else "give another path, or make room"
+                raise CMAEVError(f"{path} cannot be written ({cause.strerror}): {kept}") from None
         raise
 
 
@@ -2160,7 +2206,8 @@ def open_run(folder, settings, free, videos, **about):
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CMAEVError(f"--out {folder} cannot be made ({error.strerror}): give another folder") from None
+            out = flag(argparse.Namespace(**settings), "out")
+            raise CMAEVError(f"{out} cannot be made ({error.strerror}): give another folder") from None
         lock_run(folder)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
         with atomic_write(record) as file:
@@ -2274,12 +2321,16 @@ def make_demo(folder, kind="motions", train=400, val=200, seed=0):
         scenes   each pair of adjacent classes has its own shape, in 24 looks: a frame tells the pair, as in Kinetics
         motions  all classes share 8 looks: a frame tells nothing of the class, as in Something-Something
         looks    each video has its own look, which identifies the video but not its class
-    Video i of a split is a pure function of (kind, seed, split, i).
+    Video i of a split is a pure function of (kind, seed, split, i). The folder must be empty or not exist.
     """
     folder, partial = Path(folder), Path(f"{folder}.partial")
+    if kind not in ("scenes", "motions", "looks"):
+        raise CMAEVError(f"no kind {kind!r} of demo videos: choose from scenes, motions, looks")
+    if folder.exists() and os.listdir(folder):
+        raise CMAEVError(f"{folder} is not empty: remove it, or make the demo's videos in another folder")
     for split, (name, count) in enumerate((("train", train), ("val", val))):
         lines = []
-        for i in range(count):
+        for i in progress(range(count), f"{folder}: {name} video"):
             label = i % len(DEMO_CLASSES)
             file = f"{name}/{DEMO_CLASSES[label]}/{i:05d}.mp4"
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
@@ -2359,7 +2410,7 @@ def demo_texture(rng, lengths, bases):
 
 def main():
     """Prints each step of the method on four clips of a video, and draws the first: python cmaev.py clip.mp4 [run]."""
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
         raise CMAEVError("give a video and, if there is one, a run: python cmaev.py clip.mp4 runs/pretrain-demo")
     path, run = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
     s = argparse.Namespace(encoder="vit_small", contrast_weight=0.14, temperature=0.07, fusion=True, mask_ratio=0.9,

@@ -49,7 +49,7 @@ RECIPES = {
 }
 MACHINE = {"compile", "workers", "tensorboard", "log_every", "save_every"}
 FREE = MACHINE | {"micro_batch", "bad_share", "segments", "crops", "val", "val_every", "eval", "predict", "features",
-                  "export", "best"}  # may change when a run continues
+                  "export", "best", "overridden"}  # may change when a run continues
 
 
 # =====================================================================================================================
@@ -165,6 +165,8 @@ class LabelledClips(cmaev.VideoClips):
     def __init__(self, videos, frames, rate, size, sampling, augment=None, repeats=1, segments=1, crops=1, seed=0,
                  log=None):
         super().__init__(videos, seed, log)
+        if sampling not in ("dense", "uniform"):
+            raise cmaev.CMAEVError(f"no sampling {sampling!r}: give 'dense' or 'uniform'")
         self.frames, self.rate, self.size, self.sampling, self.augment = frames, rate, size, sampling, augment
         self.repeats, self.segments, self.crops = repeats, segments, crops
         if not augment:
@@ -312,12 +314,13 @@ def build(s, names):
     return model
 
 
-def read_record(run, best=False):
-    """A run's settings.json and the path of its weights. Raises CMAEVError if it has none."""
+def read_record(run, best=False, name=""):
+    """A run's settings.json and the path of its weights. Raises CMAEVError if it has none; `name`: the run's."""
     weights = Path(run) / ("best.pt" if best else "checkpoint.pt")
     record = json.loads((Path(run) / "settings.json").read_text()) if weights.exists() else {}
     if "names" not in record:
-        raise cmaev.CMAEVError(f"{run} holds no {weights.name} of finetune.py: fine-tune, or give another folder")
+        raise cmaev.CMAEVError(f"{name or run} holds no {weights.name} of finetune.py: fine-tune, or give another"
+                               " folder")
     return record, weights
 
 
@@ -380,7 +383,8 @@ def score_videos(function, clips, batch, workers, device):
     Rank r takes the videos r, r + world, ...: each video once. The row of a video that cannot be read is NaN.
     """
     rows = {}
-    for sample in cmaev.loader(clips, workers, device, batch_size=batch, sampler=cmaev.rank_indices(clips)):
+    batches = cmaev.loader(clips, workers, device, batch_size=batch, sampler=cmaev.rank_indices(clips))
+    for sample in cmaev.progress(batches, "test views, batch"):
         views = sample["clip"].to(device, non_blocking=True)
         results = function(cmaev.normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1).cpu()
         if not results[~sample["replaced"][:, 0]].isfinite().all():
@@ -407,7 +411,6 @@ def report(scores, videos, names, folder):
     top1, top5 = 100 * float(hits[:, 0].float().mean()), 100 * float(hits.any(dim=1).float().mean())
     if folder is None:
         return top1, top5
-    Path(folder).mkdir(exist_ok=True)
     with cmaev.atomic_write(f"{folder}/predictions.csv") as file:
         rows = csv.writer(file)
         rows.writerow(["path", "label", *(f"{what}{i + 1}" for i in range(hits.shape[1]) for what in ("class", "p"))])
@@ -431,7 +434,7 @@ def read_settings():
 
     add = parser.add_argument_group("what to do").add_argument
     add("--probe", choices=["linear", "knn"], default="", help="instead of fine-tuning: frozen features")
-    add("--eval", action=flag, default=False, help="only evaluate the run in --out; writes to out/eval")
+    add("--eval", action=flag, default=False, help="only evaluate the run in --out; writes there too")
     add("--predict", nargs="*", metavar="FILE", help="only print the best classes; after -- if a name begins with -")
     add("--features", metavar="FILE", default="", help="only write the mean-pooled features of --data, an .npz file")
     add("--export", metavar="FOLDER", default="", help="only write the run in --out in Hugging Face's layout")
@@ -468,7 +471,7 @@ def read_settings():
         if not s.predict:
             raise cmaev.CMAEVError("--predict: name one or more videos; after -- if a name begins with -")
     if s.eval or s.predict or s.export:
-        record, _ = read_record(s.out, s.best)
+        record, _ = read_record(s.out, s.best, cmaev.flag(s, "out"))
         for name in record["settings"].keys() - by_hand - MACHINE - {"out"}:
             setattr(s, name, record["settings"][name])
         return s, record
@@ -522,7 +525,12 @@ def main():
         if s.predict:
             return predict(model, s.predict)
         tests = read_test_videos(s.val, model.names, record["class_folders"]) if s.val else record["held_out"]
-        return evaluate(model, model.test_clips(tests), run / "eval")
+        checkpoint = "best" if s.best else "checkpoint"
+        folder = run / f"eval-{checkpoint}-{s.size}-{s.segments}x{s.crops}"
+        folder.mkdir(exist_ok=True)
+        cmaev.print0(f"testing {run}/{checkpoint}.pt: {s.segments} x {s.crops} views of {s.size} x {s.size}")
+        return evaluate(model, model.test_clips(tests), folder)
+    cmaev.check_paths(s, "data", "val", "init")
     s.data, val = cmaev.split_folder(s.data)
     s.val = s.val or val
     if s.features:
@@ -533,10 +541,11 @@ def main():
         return probe(s, videos, tests, names, score, device)
     parts = cmaev.micro_batches(s)
     if len(videos) < s.batch_size:
-        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give no more than the {len(videos)} videos of {s.data}")
+        raise cmaev.CMAEVError(f"{cmaev.flag(s, 'batch_size')}: give no more than the {len(videos)} videos "
+                               f"of {s.data}")
     if s.batch_size // (world * parts) < 2 and (s.mixup or s.cutmix):
-        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}, --micro-batch {s.micro_batch}: --mixup and --cutmix need "
-                               "two or more videos per rank at a time")
+        raise cmaev.CMAEVError(f"{cmaev.flag(s, 'batch_size')}, {cmaev.flag(s, 'micro_batch')}: --mixup and "
+                               "--cutmix need two or more videos per rank at a time")
     model = build(s, names)
     if s.init != "none":
         cmaev.load_encoder(s.init, model.encoder)
@@ -562,6 +571,7 @@ def main():
                  f"{names[-1]}), {steps} steps of {per_step} clips; {world} x {device.type}, {dtype or torch.float32}"
                  + (f"; continuing from step {start}" if start else ""))
 
+    cmaev.note_weak_settings(s, steps)
     parallel = DistributedDataParallel(model) if world > 1 else model
     if s.compile:
         parallel = torch.compile(parallel)
@@ -648,6 +658,7 @@ def pooled_features(s, encoder, videos, score, device):
     (frames, side, _), (tubelet, patch, _) = encoder.grid, encoder.cube
     clips = LabelledClips(videos, frames * tubelet, s.rate, side * patch, s.sampling, segments=s.segments,
                           crops=s.crops)
+    cmaev.print0(f"features of {len(videos)} videos, {s.segments} x {s.crops} views each")
     return score(lambda clips: encoder(clips).mean(dim=1), clips)
 
 
@@ -655,6 +666,8 @@ def write_features(s, score, device):
     """Writes --features: the features of the videos of --data, their paths, and their labels (-1: none)."""
     if s.init == "none":
         raise cmaev.CMAEVError("--features: give --init, the weights of an encoder")
+    if os.path.isdir(s.features) or not os.access(os.path.dirname(s.features) or ".", os.W_OK):
+        raise cmaev.CMAEVError(f"--features {s.features} cannot be written: give a file in an existing folder")
     videos = cmaev.read_list(s.data)
     labels = [-1 if label is None else label for _, label in videos]
     if max(map(abs, labels)) >= 2**63:

@@ -1,7 +1,7 @@
 """Pre-trains CMAE-V on video files: one loop for a laptop's CPU, one GPU, and torchrun over many nodes.
 
     python pretrain.py                                                   the demo, which makes its own videos
-    python pretrain.py --recipe k400 --data train.txt --batch-size 64    one GPU
+    python pretrain.py --recipe k400 --data train.txt --micro-batch 64   one GPU
     torchrun --nproc_per_node=8 pretrain.py --recipe k400 --data train.txt
 
 The same command run again continues from the last checkpoint. --help lists the settings of a recipe.
@@ -34,7 +34,7 @@ RECIPES = {
     "ssv2": dict(out="runs/pretrain-ssv2", rate=2, max_shift=4),
 }
 FREE = {"compile", "workers", "micro_batch", "tensorboard", "log_every", "save_every", "picture_every", "val",
-        "bad_share"}  # may change when a run continues
+        "bad_share", "overridden"}  # may change when a run continues
 
 
 def add_shared_settings(parser):
@@ -104,6 +104,7 @@ def read_videos(s):
         if s.data == DEMO and not os.path.exists(DEMO):
             cmaev.print0("making the demo's videos in data/demo")
             cmaev.make_demo(Path(DEMO).parent)
+    cmaev.check_paths(s, "data", "val", "init")
     if s.batch_size < 2:
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give at least 2")
     cmaev.micro_batches(s, s.repeats)
@@ -112,8 +113,8 @@ def read_videos(s):
     s.data, _ = cmaev.split_folder(s.data)
     videos = cmaev.subset(cmaev.read_list(s.data), s.subset, s.seed)
     if len(videos) * s.repeats < s.batch_size:
-        raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give no more than the {len(videos) * s.repeats} clips "
-                               f"that the {len(videos)} videos of {s.data} give")
+        raise cmaev.CMAEVError(f"{cmaev.flag(s, 'batch_size')}: give no more than the {len(videos) * s.repeats}"
+                               f" clips that the {len(videos)} videos of {s.data} give")
     cmaev.check_readable(videos)
     return videos
 
@@ -183,6 +184,7 @@ def main():
     cmaev.print0(f"{s.encoder}, {parameters:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} "
                  f"clips; {cmaev.world_size()} x {device.type}, {cmaev.amp_dtype(s.amp, device) or torch.float32}"
                  + (f"; continuing from step {start}" if start else ""))
+    cmaev.note_weak_settings(s, steps)
     tubes = math.prod(model.encoder.grid[1:])
     if (visible := tubes - int(s.mask_ratio * tubes)) < 10:
         cmaev.print0(f"warning: only {visible} of {tubes} tubes are visible (in the paper 20 of 196), a harder task: "
@@ -203,10 +205,12 @@ def main():
             save, show, stop = due(s.save_every), due(s.picture_every), received()
             record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
             record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
+            text = (f"loss {record['loss']:.4f} = {record['reconstruction']:.4f} + {s.contrast_weight} x "
+                    f"{record['contrast']:.4f}  accuracy {record['accuracy']:.0%}")
             if save and s.val:
                 record["held_out_reconstruction"] = held_out_reconstruction(model, held_out, s, device)
-            cmaev.write_log(run, record, steps, f"loss {record['loss']:.4f} = {record['reconstruction']:.4f} + "
-                            f"{s.contrast_weight} x {record['contrast']:.4f}  accuracy {record['accuracy']:.0%}", board)
+                text += f"  held-out reconstruction {record['held_out_reconstruction']:.4f}"
+            cmaev.write_log(run, record, steps, text, board)
             if show and s.picture_every and cmaev.this_rank() == 0:
                 drawn = picture(model, clips, device)
                 cmaev.write_png(drawn, run / f"reconstruction-{done:06d}.png")

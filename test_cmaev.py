@@ -10,6 +10,7 @@ the helpers.
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.util
 import itertools
@@ -622,6 +623,16 @@ def test_calls_that_cannot_work_say_what_is_expected(demo):
     for call, words in {
             lambda: model(online[:1], target[:1], mask[:1]): "two or more clips",
             lambda: model.encoder(online[0]): "clip [B, 3, T,",
+            lambda: model(online, target.byte(), mask): "torch.uint8 [6, 3, 4, 32, 32], the encoder takes",
+            lambda: model.encoder(online.transpose(1, 2)): "[6, 4, 3, 32, 32], the encoder takes float32 [6",
+            lambda: cmaev.normalize(torch.zeros(4, 32, 32, 3)): "give the frames [T, H, W, 3] of Video.read",
+            lambda: cmaev.normalize(online): "normalize takes [B, T, 3, H, W]",
+            lambda: cmaev.PretrainClips(str(demo), (2, 4, 4)): "give read_list(path)",
+            lambda: cmaev.PretrainClips(demo, (2, 4, 4)): "give read_list(path)",
+            lambda: finetune.LabelledClips([demo], 4, 4, 32, "dense"): "give read_list(path)",
+            lambda: finetune.LabelledClips([], 4, 4, 32, "often"): "give 'dense' or 'uniform'",
+            lambda: cmaev.make_demo(demo.parent / "new", "typo"): "choose from scenes, motions, looks",
+            lambda: cmaev.make_demo(demo): f"{demo} is not empty",
             lambda: model(online, target, mask[:, 1:]): "bool [B, N]",
             lambda: model(online, target, mask.float()): "bool [B, N]",
             lambda: convvit(torch.randn(1, 3, 4, 32, 48), no_tubes): "masked at every time step",
@@ -631,6 +642,7 @@ def test_calls_that_cannot_work_say_what_is_expected(demo):
         with pytest.raises(cmaev.CMAEVError, match=re.escape(words)) as raised:
             call()
         assert not isinstance(raised.value, cmaev.BadVideo)
+    assert not list(demo.parent.glob("*.partial"))
 
 
 @both_encoders
@@ -1295,11 +1307,14 @@ def test_lists_of_something_something(tmp_path, monkeypatch, capsys):
 
 
 def test_curves_of_runs(undisturbed, tuned, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    """One colour per run, also in panels that only one of them has."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
     from experiments import curves
     monkeypatch.chdir(tmp_path)
     assert run_experiment(monkeypatch, curves, undisturbed, tuned) is None
     assert cmaev.decode_image("curves.png").shape[2] > 4 * 4 * 80  # five panels
+    colors = {(line.get_label(), line.get_color()) for ax in pyplot.gcf().axes for line in ax.lines}
+    assert colors == {("undisturbed", "C0"), ("tuned", "C1")}
     assert "holds no log" in run_experiment(monkeypatch, curves, undisturbed, tmp_path)
 
 
@@ -1583,7 +1598,7 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--batch-size 16": "--batch-size 16: give no more than",
         "--batch-size 5 --repeats 2": "--batch-size 5: give a multiple of 1 ranks x 2 repeats",
         "--micro-batch 3": "--batch-size 4: give a multiple of 1 ranks x 3 of --micro-batch",
-        "--micro-batch 1 --repeats 2": "1 ranks x 1 of --micro-batch, a multiple of 2 repeats",
+        "--micro-batch 1 --repeats 2": "1 ranks x 1 of --micro-batch 1, a multiple of 2 repeats",
         "--recipe k400 --data=": "needs --data", "--out good.txt/run": "--out good.txt/run cannot be made",
         "--epoch 3": "--epoch", "--amp fp8": "--amp: invalid choice: 'fp8'", "--epochs x": "--epochs: invalid",
         "--epochs 0": "--epochs: 0: give a number in [1, inf)",
@@ -1591,11 +1606,14 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--lr nan": "--lr: nan: give a number in (0, inf)", "--lr inf": "--lr: inf: give a number in (0, inf)",
         "--mask-ratio 1": "--mask-ratio: 1: give a number in (0, 1)", "--momentum 1.1": "give a number in [0, 1]",
         "--clip-grad nan": "give a number in [0, inf)", "--beta2 1": "--beta2: 1: give a number in [0, 1)",
-        "--epochs 3 --warmup-epochs 3": "--warmup-epochs 3: give less than the 3 of --epochs"}.items()),
+        "--epochs 3 --warmup-epochs 3": "error: --warmup-epochs 3: give less than --epochs 3",
+        "--epochs 2": "error: the recipe's --warmup-epochs 2: give less than --epochs 2",
+        "--warmup-epochs 45": "error: --warmup-epochs 45: give less than the recipe's --epochs 45",
+        "--recipe small --repeats 3": "x 4 of the recipe's --micro-batch 64, a multiple of 3"}.items()),
     *((finetune, *row) for row in {
         "--val large.txt": "large.txt: good.mp4 has label 7: give 0 to 0, the classes of the training list",
         "--data gap.txt": "class 1 of 0 to 2 has no video in the list", "--data none.txt": "good.mp4 has no label",
-        "--init lost.pt": "lost.pt: no such file of weights: give a run's folder", "--init nothing": "no such file of",
+        "--init lost.pt": "error: --init lost.pt: no such file",
         **{f"--init {file}": f"{file} cannot be read as weights" for file in (
             "text.mp4", "good.mp4", "good.txt", "empty.txt", "array.npz", "tensor.pt")},
         "--init no-tensors.pt": "no-tensors.pt holds no tensors: give a run's folder, its encoder.pt or",
@@ -1617,6 +1635,30 @@ def test_wrong_input_ends_in_one_line(wrong, monkeypatch, script, arguments, wor
     assert "--val without --data" in run(script, "--val", "good.txt")
 
 
+@pytest.mark.parametrize("script, arguments, words", [
+    (pretrain, "--recipe demo --data good.txt", "--batch-size 16: give no more than the 8 clips"),
+    (pretrain, "--recipe demo --data good.txt --val nowhere.txt", "error: --val nowhere.txt: no such list"),
+    (finetune, "--recipe demo --data good.txt --init none", "--batch-size 16: give no more than the 7"),
+    (finetune, "", "--data data/demo/train.txt: no such list or folder: run pretrain.py first, or give"),
+    (finetune, "--recipe small --data good.txt", "--init runs/pretrain-small: no such file of weights"),
+    (finetune, "--recipe k400 --data good.txt --features x", "--init runs/pretrain-k400: no such file"),
+    (finetune, "--predict good.mp4", "--out runs/finetune-demo holds no checkpoint.pt")])
+def test_errors_say_which_values_are_the_recipes(wrong, monkeypatch, script, arguments, words):
+    monkeypatch.chdir(wrong)
+    expected = words if "error" in words else f"error: the recipe's {words}"
+    assert run(script, *arguments.split()).startswith(expected)
+
+
+def test_notes_on_few_steps_and_a_low_learning_rate(monkeypatch, capsys):
+    low = "rises to 1.2e-04, the recipe's to 1.2e-03: for that give --lr 1.5e-03\n"
+    for arguments, steps, end in (("--batch-size 205", 500, ""), ("--batch-size 204", 500, low),
+                                  ("", 499, "note: 499 steps are few: for 500 give --epochs 802\n")):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", "--recipe", "k400", *arguments.split()])
+        cmaev.note_weak_settings(pretrain.read_settings(), steps)
+        output = capsys.readouterr().out
+        assert output.endswith(end) and output.count("\n") == bool(end)
+
+
 def test_what_a_run_was_started_with_has_to_stay(demo, tmp_path, monkeypatch):
     """Settings, videos and model; before its first checkpoint all may change."""
     videos, checkpoint = cmaev.read_list(demo / "train.txt"), tmp_path / "run" / "checkpoint.pt"
@@ -1627,7 +1669,7 @@ def test_what_a_run_was_started_with_has_to_stay(demo, tmp_path, monkeypatch):
         run(pretrain, *command)
     assert (tmp_path / "run" / "settings.json").exists() and not checkpoint.exists()
     command += ["--batch-size", 4]
-    assert run(pretrain, *command) is None
+    assert run(pretrain, *command) is None and run(pretrain, *command, "--bad-share", 0.1) is None
     end = run(pretrain, *command, "--epochs", 3, "--encoder", "vit_small", "--workers", 1)
     assert "(encoder vit_tiny -> vit_small; epochs 2 -> 3)" in end and "number of epochs needs a new run" in end
     state = torch.load(checkpoint, weights_only=True)
@@ -1666,7 +1708,7 @@ def test_feed_puts_clips_of_one_video_apart_and_counts_the_waiting():
         next(feed)
 
 
-def test_held_out_reconstruction(demo, tmp_path):
+def test_held_out_reconstruction(demo, tmp_path, capsys):
     """Over seven videos in batches of four, against the loss of each video alone."""
     seven, folder = cmaev.read_list(demo / "val.txt")[:7], tmp_path / "run"
     listed = write_list(tmp_path / "seven.txt", seven)
@@ -1680,6 +1722,7 @@ def test_held_out_reconstruction(demo, tmp_path):
     clips = cmaev.PretrainClips(seven, model.encoder.grid, frames=4, size=32, max_shift=4, mask_ratio=0.75)
     losses = [model(cmaev.normalize(clips[0, i]["online"]), None, clips[0, i]["mask"])["loss"].item() for i in range(7)]
     assert measured[10] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert f"held-out reconstruction {measured[10]:.4f}" in capsys.readouterr().out
 
 
 @both_encoders
@@ -1850,7 +1893,7 @@ def test_one_clip_through_the_method(demo, undisturbed, tuned, tmp_path, monkeyp
     values = dict(re.findall(r"(eq\. \d).*?  +(-?\d+\.\d+)", output))
     assert list(values) == [f"eq. {i}" for i in range(1, 9)]
     assert float(values["eq. 8"]) == pytest.approx(float(values["eq. 7"]) + 0.14 * float(values["eq. 5"]), abs=2e-3)
-    assert cmaev.decode_image(str(undisturbed / "00000.png")).shape == (3, 2 + 4 * 34, 2 + 4 * 34)
+    assert torchvision.io.decode_image(str(undisturbed / "00000.png")).shape == (3, 2 + 4 * 34, 2 + 4 * 34)
     assert f"{undisturbed / '00000.png'}, rows: online" in output and not os.listdir()
     assert end_of(path) is None and "[4, 160, 384]" in capsys.readouterr().out and os.listdir() == ["00000.png"]
     videomae = pretraining(demo, "videomae", "--contrast-weight", 0, "--subset", 8, "--epochs", 2)
@@ -1858,7 +1901,8 @@ def test_one_clip_through_the_method(demo, undisturbed, tuned, tmp_path, monkeyp
     output = capsys.readouterr().out
     values = dict(re.findall(r"(eq\. \d).*?  +(-?\d+\.\d+)", output))
     assert list(values) == [f"eq. {i}" for i in (1, 2, 6, 7, 8)] and values["eq. 7"] == values["eq. 8"]
-    for arguments, words in (((), "give a video"), ((wrong / "audio.mp4",), "audio.mp4: has no video stream"),
+    for arguments, words in (((), "give a video"), (("--help",), "give a video"),
+                             ((wrong / "audio.mp4",), "audio.mp4: has no video stream"),
                              ((wrong / "text.mp4",), "cannot be opened as a video"),
                              ((path, tmp_path), "is not a run of pretrain.py"),
                              ((path, tuned), f"is a run of finetune.py, from --init {undisturbed}: ")):
@@ -1883,6 +1927,7 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     """`python pretrain.py` at its smallest: makes the videos, trains, writes all its files, reports a finished run."""
     make_demo, folder = cmaev.make_demo, Path("runs/pretrain-demo")
     monkeypatch.setattr(cmaev, "make_demo", lambda folder: make_demo(folder, train=20, val=10))
+    monkeypatch.setattr(cmaev, "progress", functools.partial(cmaev.progress, every=0))
     monkeypatch.chdir(tmp_path)
     command = "--epochs 2 --warmup-epochs 1 --subset 16 --batch-size 8 --log-every 3 --repeats 2".split()
     assert run(pretrain, *command) is None
@@ -1896,7 +1941,9 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     assert {"patch_embed.proj.weight", "blocks.5.attn.q_bias", "blocks.0.mlp.fc2.bias", "norm.weight"} < encoder.keys()
     assert run(pretrain, *command) is None
     output = capsys.readouterr().out
-    assert all(words in output for words in ("step 8/8", "left", "finished", "is finished"))
+    assert all(words in output for words in (
+        "step 8/8", "left", "finished", "is finished", "data/demo: train video 19/20  0:00:00 left",
+        "note: 8 steps are few: for 500 give --epochs 125"))
 
 
 # Fine-tuning ---------------------------------------------------------------------------------------------------------
@@ -2050,15 +2097,16 @@ def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys, mon
         return capsys.readouterr().out
     ask = ["--out", tuned, "--workers", 0]
     assert "2 x 2 views" in output_of(*ask, "--eval", "--seed", 1)
-    assert (tuned / "eval" / "predictions.csv").read_text() == report
-    assert "1 x 2 views" in output_of(*ask, "--eval", "--segments", 1)
+    assert (tuned / "eval-checkpoint-32-2x2" / "predictions.csv").read_text() == report
+    assert "checkpoint.pt: 1 x 2 views of 40 x 40" in output_of(*ask, "--eval", "--segments", 1, "--size", 40)
+    assert (tuned / "eval-checkpoint-40-1x2" / "predictions.csv").read_text() != report
     assert (tuned / "predictions.csv").read_text() == report
     shutil.copy(rows[3][0], "-x.mp4")
     answer = output_of(*ask, "--predict", "--", "-x.mp4")
     assert answer.startswith(f"-x.mp4: {rows[3][2]}") and answer.count("%") == 5
     assert output_of(*ask, "--predict=-x.mp4") == answer
     command = finetuning(demo, tuned, "--init", undisturbed)
-    assert "is finished" in output_of(*command)
+    assert "is finished" in output_of(*command, "--bad-share", 0.1)
     model = finetune.load(tuned)
     name, probability = model.predict(rows[3][0])[0]
     assert name == rows[3][2] and probability == pytest.approx(float(rows[3][3]), abs=1e-4)
@@ -2087,6 +2135,7 @@ def test_fine_tuning_is_watched_and_keeps_the_best(demo, tuned, capsys):
     for more, line in (([], validated[-1]), (["--best"], validated[top1.index(max(top1))])):
         assert run(finetune, *ask, *more) is None
         assert f"top-1 {line['val_top1']:.2f} %, top-5 {line['val_top5']:.2f} %" in capsys.readouterr().out
+    assert all((tuned / f"eval-{name}-32-1x1" / "predictions.csv").exists() for name in ("best", "checkpoint"))
 
 
 def test_names_from_a_file(demo, tmp_path, capsys):
@@ -2107,17 +2156,22 @@ def test_names_from_a_file(demo, tmp_path, capsys):
     names.write_text(text + "\n\n", encoding="utf-8-sig")
     assert finetune.class_names(videos, listed, names)[0] == "Bewegung nach left, größer"
     assert run(finetune, *command) is None and not (tmp_path / "run" / "best.pt").exists()
+    assert "steps are few: for 500 give --epochs" in capsys.readouterr().out
     assert '"Bewegung nach' in (tmp_path / "run" / "predictions.csv").read_text(encoding="utf-8")
     assert len(finetune.load(tmp_path / "run").predict(videos[0][0])) == 10
     assert "--names is for lists" in run(finetune, *command, "--data", demo / "train")
 
 
-def test_features_are_the_encoders(demo, undisturbed, tmp_path):
+def test_features_are_the_encoders(demo, undisturbed, tmp_path, capsys, monkeypatch):
+    """Features, labels and paths; progress; what cannot be written is known before anything is computed."""
+    monkeypatch.setattr(cmaev, "progress", functools.partial(cmaev.progress, every=0))
     videos = cmaev.read_list(demo / "val.txt")[:3] + [(str(demo / "train.txt"), None)]
     listed = write_list(tmp_path / "list.txt", [(path, label) for path, label in videos])
     listed.write_text(listed.read_text().replace(" None", ""))
     arguments = ["--features", tmp_path / "out.npz", "--data", listed, "--init", undisturbed, "--workers", 0]
-    assert run(finetune, *arguments, "--amp", "none") is None
+    assert run(finetune, *arguments, "--amp", "none", "--batch-size", 2) is None
+    output = capsys.readouterr().out
+    assert "features of 4 videos, 1 x 1 views each" in output and "batch 1/2  0:00:" in output
     stored, encoder = np.load(tmp_path / "out.npz"), cmaev.load_encoder(undisturbed).eval()
     assert stored["paths"].tolist() == [path for path, _ in videos]
     assert stored["labels"].tolist() == [*(label for _, label in videos[:3]), -1]
@@ -2127,6 +2181,9 @@ def test_features_are_the_encoders(demo, undisturbed, tmp_path):
         expected = encoder(cmaev.normalize(clips[0, i]["clip"])).mean(dim=(0, 1))
         torch.testing.assert_close(torch.from_numpy(stored["features"][i]), expected.detach())
     assert "give --init" in run(finetune, *arguments, "--init", "none")
+    for target in tmp_path / "lost" / "out.npz", tmp_path:
+        assert f"--features {target} cannot be written" in run(finetune, *arguments, "--features", target)
+    assert "features of" not in capsys.readouterr().out
 
 
 def test_export_of_a_run(tuned, tmp_path):
@@ -2140,7 +2197,8 @@ def test_export_of_a_run(tuned, tmp_path):
 def test_ranks_score_every_video_once(demo, tuned):
     """Ten videos on three ranks."""
     torchrun(3, HERE / "finetune.py", *finetuning(demo, tuned, "--eval", "--batch-size", 12))
-    assert (tuned / "eval" / "predictions.csv").read_text() == (tuned / "predictions.csv").read_text()
+    report = tuned / "eval-checkpoint-32-2x2" / "predictions.csv"
+    assert report.read_text() == (tuned / "predictions.csv").read_text()
 
 
 # Faults: kills, bad numbers, bad videos, bad weights, full disks, hostile files --------------------------------------
@@ -2338,7 +2396,8 @@ def test_faults_a_bad_video_counts_as_wrong_in_testing(demo, tuned, wrong, tmp_p
     holed = write_list(tmp_path / "holed.txt", [*videos, *((wrong / "audio.mp4", label) for label in range(10))])
     for tests in (demo / "val.txt", holed):
         assert run(finetune, *finetuning(demo, tuned, "--eval", "--val", tests)) is None
-        rows = [row.split(",") for row in (tuned / "eval" / "predictions.csv").read_text().splitlines()[1:]]
+        rows = (tuned / "eval-checkpoint-32-2x2" / "predictions.csv").read_text().splitlines()[1:]
+        rows = [row.split(",") for row in rows]
         right.append([row[1] == row[2] for row in rows])
     output = capsys.readouterr().out
     assert right[1] == right[0] + 10 * [False] and "audio.mp4: has no" in output
@@ -2403,6 +2462,8 @@ def test_faults_full_disk(tmp_path):
     reason = "cannot be written (File too large): the previous file is kept"
     assert str(raised.value) == f"{tmp_path}/checkpoint.pt {reason}"
     assert checkpoint_of(tmp_path)["step"] == 4 and not list(tmp_path.glob("*.partial"))
+    with pytest.raises(cmaev.CMAEVError, match="No such file or directory.: give another path"):
+        cmaev.save_checkpoint(tmp_path / "lost", 8, dict(model=model))
 
 
 def test_faults_hostile_files(tmp_path):

@@ -33,10 +33,10 @@ def main():
     panels = [name for name in PANELS if any(line.get(name) for log in logs.values() for line in log)]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)
     for ax, name in zip(axes[0], panels):
-        for run, log in logs.items():
+        for i, (run, log) in enumerate(logs.items()):
             points = [(line["epoch"], line[name]) for line in log if name in line]
             label = os.path.relpath(run.absolute(), common)
-            ax.plot(*zip(*points), marker="." if len(points) < 30 else "", label=label)
+            ax.plot(*zip(*points), color=f"C{i}", marker="." if len(points) < 30 else "", label=label)
         ax.set(title=PANELS[name], xlabel="epoch")
         ax.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
