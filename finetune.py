@@ -296,8 +296,7 @@ class Classifier(nn.Module):
                 raise cmaev.CMAEVError(f"{got}: give a path, or all frames of a video, uint8 [n, H, W, 3]")
             views = self.test_clips([]).sample(torch.from_numpy(frames), None, 0, None)["clip"]
         else:
-            with cmaev.bad_video(video, "cropped and resized"):
-                views = self.test_clips([]).sample(cmaev.Video(video), None, 0, None)["clip"]
+            views = self.test_clips([]).read_sample(video, None, 0)["clip"]
         scores = self(cmaev.normalize(views.to(self.head.weight.device))).softmax(dim=1).mean(dim=0)
         best = scores.argsort(descending=True).tolist()
         return [(self.names[i], float(scores[i])) for i in best]
