@@ -565,8 +565,8 @@ def info_nce(query, key, temperature, video=None):
     queries whose most similar key is the positive; float32 scalars.
     """
     query, keys = F.normalize(query.float(), dim=1), gather_over_ranks(F.normalize(key.float(), dim=1))
-    with torch.autocast(query.device.type, enabled=False):
-        logits = query @ keys.T / temperature  # [B, B * world]
+    with torch.autocast(query.device.type, enabled=False):  # float64: a GPU computes float32 products in TF32
+        logits = (query.double() @ keys.double().T).float() / temperature  # [B, B * world]
     positives = torch.arange(len(query), device=query.device) + len(query) * this_rank()
     if video is not None:  # other clips of the same video are neither positive nor negative
         same = video[:, None] == gather_over_ranks(video)

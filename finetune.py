@@ -571,7 +571,7 @@ def main():
                  + (f"; continuing from step {start}" if start else ""))
 
     cmaev.note_weak_settings(s, steps)
-    parallel = DistributedDataParallel(model) if world > 1 else model
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     if s.compile:
         parallel = torch.compile(parallel)
     one_view = LabelledClips(tests, s.frames, s.rate, s.size, s.sampling)

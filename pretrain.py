@@ -131,7 +131,7 @@ def build(s, device):
     optimizer = torch.optim.AdamW(cmaev.decay_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), fused=True)
     dtype = cmaev.amp_dtype(s.amp, device)
     scaler = cmaev.grad_scaler(dtype, device)
-    parallel = DistributedDataParallel(model) if cmaev.world_size() > 1 else model
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if cmaev.world_size() > 1 else model
     normalize, augment, parts = cmaev.normalize, cmaev.augment_colors, cmaev.micro_batches(s, s.repeats)
     if s.compile:
         parallel, normalize, augment = map(torch.compile, (parallel, normalize, augment))

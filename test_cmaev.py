@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from av.bitstream import BitStreamFilterContext
@@ -218,6 +219,15 @@ def slow_info_nce(query, key, tau, video):
         losses.append(math.log(sum(math.exp(r / tau) for r in rho.values())) - rho[i] / tau)
         right.append(max(rho, key=rho.get) == i)
     return losses, right
+
+
+class TF32(TorchDispatchMode):
+    """Rounds the factors of float32 products to 10 bits of mantissa, as a GPU does in training."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in str(function):
+            args = [x.half().float() if x.dtype is torch.float32 else x for x in args]
+        return function(*args, **(kwargs or {}))
 
 
 def assert_close_gradients(grads, expected, rtol=1e-4, atol=1e-6):
@@ -580,7 +590,8 @@ def test_batch_norm_equals_torch():
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_losses_against_loops(amp):
-    """InfoNCE; VideoMAE's target, per cube and channel, unbiased, epsilon outside the root. Float32 under AMP too."""
+    """InfoNCE; VideoMAE's target, per cube and channel, unbiased, epsilon outside the root. Float32 also under AMP and
+    where a GPU multiplies in TF32."""
     (query, key), tau = random_features(7), 0.07
     losses, right = slow_info_nce(query, key, tau, range(7))
     clip, grid, errors = torch.rand(2, 3, 4, 32, 48, dtype=torch.float64), (2, 2, 3), []
@@ -595,7 +606,7 @@ def test_losses_against_loops(amp):
                 std = math.sqrt(sum((v - mean) ** 2 for v in cube) / 511)
                 errors += [(p - (v - mean) / (std + 1e-6)) ** 2 for p, v in zip(prediction[b, m, c::3].tolist(), cube)]
     normalized, masked = cmaev.normalize(255 * clip.transpose(1, 2)).float(), cmaev.visible_and_masked(mask)[1]
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp), TF32():
         contrast, accuracy = cmaev.info_nce(query, key, tau)
         reconstruction = cmaev.reconstruction_loss(prediction.float(), normalized, masked, grid)
     assert float(contrast) == pytest.approx(np.mean(losses), rel=1e-5)
