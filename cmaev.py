@@ -2041,7 +2041,8 @@ def amp_dtype(name, device):
 
 def grad_scaler(dtype, device):
     """Loss scaling is for fp16. bf16 and float32 use a constant scale of 1; the scaler then only skips bad steps."""
-    return torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype is torch.float16 else 1.0)
+    scale, interval = (2.0**16, 2000) if dtype is torch.float16 else (1.0, 0)  # `resume` compares the intervals
+    return torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=interval)
 
 
 def synchronised(parallel, last):
@@ -2052,10 +2053,13 @@ def synchronised(parallel, last):
 def optimizer_step(parameters, optimizer, scaler, dtype, max_norm=0.0):
     """Optimiser step after scaler.scale(loss).backward() -> gradient norm, a float32 scalar. `max_norm` 0: no clipping.
 
-    A gradient that is not finite skips the step, on all ranks, since DDP has averaged it. No synchronisation.
+    A gradient whose norm is not finite skips the step, on all ranks, since DDP has averaged it. No synchronisation.
     """
-    scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    grad_norm = nn.utils.get_total_norm(gradients)
+    grad_norm = grad_norm / scaler.scale(torch.ones_like(grad_norm))
+    factor = ((max_norm or math.inf) / (grad_norm + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(gradients, factor.where(grad_norm.isfinite(), math.nan))  # for NaN the scaler skips
     scaler.step(optimizer)
     scaler.update(None if dtype is torch.float16 else 1.0)
     optimizer.zero_grad()
@@ -2254,7 +2258,8 @@ def resume(run, state):
         checkpoint = read_checkpoint(path)
         load_weights(state["model"], checkpoint["model"], path)
         for name, part in state.items():
-            part.load_state_dict(checkpoint[name])
+            if name != "scaler" or part.get_growth_interval() == checkpoint[name]["growth_interval"]:
+                part.load_state_dict(checkpoint[name])  # another --amp starts with its own scale
         step = state["meter"].step = checkpoint["step"]
     if this_rank() == 0:
         log = Path(run) / "log.jsonl"

@@ -29,6 +29,7 @@ import sys
 import time
 import timeit
 import zlib
+from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
 
@@ -2306,19 +2307,72 @@ def test_faults_bad_numbers_end_a_run(demo, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_faults_a_skipped_step_changes_nothing(dtype):
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+@pytest.mark.parametrize("large", [1e25, 1e38])
+def test_faults_a_skipped_step_changes_nothing(dtype, max_norm, large):
+    """Nor does a finite gradient whose norm is too large for float32."""
     layer, cpu, weights, losses = torch.nn.Linear(4, 1), torch.device("cpu"), [], []
     optimizer, scaler = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True), cmaev.grad_scaler(dtype, cpu)
     meter = cmaev.Meter(["loss"], cpu)
-    for factor in (1.0, math.nan, math.inf, 1e38 if dtype else math.nan, 1.0):
+    for factor in (1.0, math.nan, math.inf, large, 1.0):
         losses.append(layer(torch.ones(1, 4)).sum() * factor)
         scaler.scale(losses[-1]).backward()
-        grad_norm = cmaev.optimizer_step(layer.parameters(), optimizer, scaler, dtype)
+        grad_norm = cmaev.optimizer_step(layer.parameters(), optimizer, scaler, dtype, max_norm)
         meter.add([losses[-1].detach()], grad_norm, torch.zeros(()))
         weights.append(layer.weight.detach().clone())
     assert all(torch.equal(weights[0], weights[i]) for i in (1, 2, 3)) and not torch.equal(weights[3], weights[4])
     record = meter.read(5, 1, 1, 1)
     assert record["skipped_steps"] == 3 and record["loss"] == pytest.approx((losses[0] + losses[4]).item() / 2)
+    assert scaler.get_scale() == (2**13 if dtype else 1)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 9.0])
+def test_gradients_are_clipped_as_torch_clips_them(dtype, max_norm):
+    layer, scaler, cpu = torch.nn.Linear(4, 1), cmaev.grad_scaler(dtype, torch.device("cpu")), torch.randn(3, 4)
+    plain = deepcopy(layer)
+    plain(cpu).sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_norm or math.inf)
+    torch.optim.SGD(plain.parameters(), lr=1.0).step()
+    scaler.scale(layer(cpu).sum()).backward()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    assert cmaev.optimizer_step(layer.parameters(), optimizer, scaler, dtype, max_norm) == pytest.approx(norm)
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("before, after, scale", [
+    (torch.bfloat16, torch.float16, 2**16), (None, torch.float16, 2**16), (torch.float16, torch.bfloat16, 1),
+    (torch.float16, torch.float16, 2**15), (torch.bfloat16, None, 1)])
+def test_another_precision_starts_with_its_own_loss_scale(tmp_path, before, after, scale):
+    scales = []
+    for dtype in (before, after):  # each resumes, and skips a step
+        layer, cpu = torch.nn.Linear(4, 1), torch.device("cpu")
+        optimizer, scaler = torch.optim.AdamW(layer.parameters(), fused=True), cmaev.grad_scaler(dtype, cpu)
+        state = dict(model=layer, optimizer=optimizer, scaler=scaler, meter=cmaev.Meter([], cpu))
+        cmaev.resume(tmp_path, state)
+        scales.append(scaler.get_scale())
+        scaler.scale(layer(torch.ones(1, 4)).sum() * math.nan).backward()
+        cmaev.optimizer_step(layer.parameters(), optimizer, scaler, dtype)
+        cmaev.save_checkpoint(tmp_path, 1, state)
+    assert scales[1] == scale
+
+
+def test_faults_torn_lines(tmp_path, undisturbed):
+    """In the list of bad videos they are passed over, in a log they are removed or named."""
+    bad, log = tmp_path / "bad.jsonl", tmp_path / "log.jsonl"
+    bad.write_bytes(b'{"path": "a.m\n\n[]\n\xff\0\n{"reason": "b.mp4"}\n')
+    for _ in range(2):
+        for name in ("a.mp4", "b.mp4"):
+            cmaev.log_bad_video(name, f"{name}: bad", bad)
+    assert [json.loads(line)["path"] for line in bad.read_bytes().splitlines()[-2:]] == ["a.mp4", "b.mp4"]
+    assert len(bad.read_bytes().splitlines()) == 7
+    good = (undisturbed / "log.jsonl").read_text().splitlines(keepends=True)
+    log.write_text("".join(good) + good[0][:9])
+    assert cmaev.read_log(tmp_path) == cmaev.read_log(undisturbed)
+    log.write_text(good[0] + "\0\0\n" + good[1])
+    for read in (cmaev.read_log, lambda run: cmaev.resume(run, {"model": torch.nn.Linear(1, 1)})):
+        with pytest.raises(cmaev.CMAEVError, match="log.jsonl is damaged"):
+            read(tmp_path)
 
 
 @pytest.fixture(scope="module")
