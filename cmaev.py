@@ -828,11 +828,12 @@ def blur(x, sigma):
 def log_bad_video(path, reason, log=None):
     """Prints a bad video and appends it to the JSON lines of the file `log`, which all workers share, once per path."""
     if log:
-        with open(log, "a+") as file:
+        with open(log, "a+", errors="replace") as file:
             with contextlib.suppress(OSError, AttributeError):  # there are no file locks here
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            if any(json.loads(line)["path"] == path for line in file):
+            start = json.dumps(dict(path=path))[:-1]
+            if any(line.startswith(start) for line in file):
                 return
             print(json.dumps(dict(path=path, reason=reason)), file=file)
     print(f"bad video: {reason}", flush=True)
@@ -1614,11 +1615,9 @@ def about_file(path, geometry):
         return dict(clip=[n * side for n, side in zip(geometry["grid"], geometry["cube"])], heads=geometry.get("heads"))
     folder, about = path if path.is_dir() else path.parent, {}
     for file in (folder / "config.json", folder / "settings.json"):
-        try:
-            about = json.loads(file.read_text()) if file.is_file() else about
+        if file.is_file():
+            about = parse_json(file.read_bytes(), file)
             about = about.get("settings", about)
-        except (ValueError, AttributeError):
-            raise CMAEVError(f"{file} is no JSON of settings: restore it, or move the weights away from it") from None
     for name, ours, same in (("hidden_act", "gelu", lambda value: value == "gelu"), ("qkv_bias", True, bool),
                              ("qv_bias", True, bool), ("layer_norm_eps", 1e-6, lambda value: 1e-12 <= value <= 1e-5)):
         if name in about and not same(about[name]):
@@ -2197,7 +2196,7 @@ def open_run(folder, settings, free, videos, **about):
     record, settings = Path(folder) / "settings.json", vars(settings)
     listed = [len(videos), hashlib.sha256(json.dumps(videos).encode()).hexdigest()[:16]]
     if record.exists() and (Path(folder) / "checkpoint.pt").exists():
-        old = json.loads(record.read_text())
+        old = parse_json(record.read_bytes(), record, "settings", "videos")
         changed = [f"{name} {old['settings'].get(name)} -> {value}" for name, value in settings.items()
                    if name not in free and old["settings"].get(name, value) != value]
         if changed:
@@ -2263,9 +2262,10 @@ def resume(run, state):
         step = state["meter"].step = checkpoint["step"]
     if this_rank() == 0:
         log = Path(run) / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        with atomic_write(log) as file:
-            file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        with atomic_write(log, "wb") as file:
+            file.writelines(line for line in lines
+                            if line.endswith(b"\n") and parse_json(line, log, "step")["step"] <= step)
     return step
 
 
@@ -2295,7 +2295,8 @@ def write_log(run, record, steps, text, board=None):
         for name, value in record.items() if board else ():
             board.add_scalar(name, value, record["step"])
         with open(f"{run}/log.jsonl", "a") as file:
-            print(json.dumps(record), file=file)
+            numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}
+            print(json.dumps(numbers), file=file)  # JSON has no NaN
         left = timedelta(seconds=round(record["step_ms"] * (steps - record["step"]) / 1000))
         print("step {step}/{steps}  epoch {epoch:.2f}  {text}  lr {lr:.1e}  grad {grad_norm:.2f}  {clips_per_s:.1f} "
               "clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(
@@ -2303,8 +2304,20 @@ def write_log(run, record, steps, text, board=None):
 
 
 def read_log(run):
-    """A run's log -> list of dicts, one per line."""
-    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    """A run's log -> list of dicts, one per line. null, a number that was not finite, becomes NaN."""
+    log = Path(run) / "log.jsonl"
+    lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    records = (parse_json(line, log, "step") for line in lines)
+    return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
+
+
+def parse_json(text, path, *keys):
+    """Parses a file's JSON, or a line of it -> dict. Raises CMAEVError where one of the keys is missing."""
+    with contextlib.suppress(ValueError, AttributeError):
+        record = json.loads(text)
+        if record.keys() >= set(keys):
+            return record
+    raise CMAEVError(f"{path} is damaged (it has {text[:40]!r}): restore it or delete it")
 
 
 # =====================================================================================================================
@@ -2423,7 +2436,7 @@ def main():
     if run and not Path(run, "settings.json").exists():
         raise CMAEVError(f"{run} is not a run of pretrain.py: it has no settings.json")
     if run:
-        vars(s).update(json.loads(Path(run, "settings.json").read_text())["settings"])
+        vars(s).update(parse_json(Path(run, "settings.json").read_bytes(), run, "settings")["settings"])
     if hasattr(s, "layer_decay"):
         raise CMAEVError(f"{run} is a run of finetune.py, from --init {s.init}: give a run of pretrain.py")
     torch.manual_seed(0)

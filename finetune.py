@@ -316,7 +316,9 @@ def build(s, names):
 def read_record(run, best=False, name=""):
     """A run's settings.json and the path of its weights. Raises CMAEVError if it has none; `name`: the run's."""
     weights = Path(run) / ("best.pt" if best else "checkpoint.pt")
-    record = json.loads((Path(run) / "settings.json").read_text()) if weights.exists() else {}
+    path, record = Path(run) / "settings.json", {}
+    if weights.exists():
+        record = cmaev.parse_json(path.read_bytes(), path, "settings")
     if "names" not in record:
         raise cmaev.CMAEVError(f"{name or run} holds no {weights.name} of finetune.py: fine-tune, or give another"
                                " folder")

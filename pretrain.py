@@ -67,7 +67,7 @@ def add_shared_settings(parser):
     add("--beta2", type=cmaev.BELOW_ONE, default=0.95, help="AdamW")
     add("--weight-decay", type=cmaev.NOT_NEGATIVE, default=0.05, help="AdamW; not on biases and norms")
     add("--clip-grad", type=cmaev.NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: unlimited")
-    add("--seed", type=cmaev.WHOLE, default=0, help="of the weights, the order and the samples")
+    add("--seed", type=cmaev.number(int, f"[0, {2**64})"), default=0, help="of the weights, the order and the samples")
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",

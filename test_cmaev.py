@@ -1614,7 +1614,9 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--recipe k400 --data=": "needs --data", "--out good.txt/run": "--out good.txt/run cannot be made",
         "--epoch 3": "--epoch", "--amp fp8": "--amp: invalid choice: 'fp8'", "--epochs x": "--epochs: invalid",
         "--epochs 0": "--epochs: 0: give a number in [1, inf)",
-        "--seed -1": "--seed: -1: give a number in [0, inf)", "--lr 0": "--lr: 0: give a number in (0, inf)",
+        "--seed -1": "--seed: -1: give a number in [0, 18446744073709551616)",
+        f"--seed {2**64}": f"--seed: {2**64}: give a number in [0, {2**64})",
+        "--lr 0": "--lr: 0: give a number in (0, inf)",
         "--lr nan": "--lr: nan: give a number in (0, inf)", "--lr inf": "--lr: inf: give a number in (0, inf)",
         "--mask-ratio 1": "--mask-ratio: 1: give a number in (0, 1)", "--momentum 1.1": "give a number in [0, 1]",
         "--clip-grad nan": "give a number in [0, inf)", "--beta2 1": "--beta2: 1: give a number in [0, 1)",
@@ -1684,6 +1686,11 @@ def test_what_a_run_was_started_with_has_to_stay(demo, tmp_path, monkeypatch):
     assert run(pretrain, *command) is None and run(pretrain, *command, "--bad-share", 0.1) is None
     end = run(pretrain, *command, "--epochs", 3, "--encoder", "vit_small", "--workers", 1)
     assert "(encoder vit_tiny -> vit_small; epochs 2 -> 3)" in end and "number of epochs needs a new run" in end
+    for text in ("", '{"settings": {"da', "[1]", "{}"):
+        (tmp_path / "run" / "settings.json").write_text(text)
+        assert "settings.json is damaged" in run(pretrain, *command)
+        assert "settings.json is damaged" in run(finetune, "--out", tmp_path / "run", "--eval")
+    (tmp_path / "run" / "settings.json").unlink()
     state = torch.load(checkpoint, weights_only=True)
     state["model"]["encoder.norm.weight"] = torch.ones(7)
     torch.save(state, checkpoint)
@@ -2298,11 +2305,14 @@ def test_faults_bad_numbers_end_a_run(demo, tmp_path, monkeypatch):
         losses = forward(self, *batch)
         return losses | {"loss": losses["loss"] * (math.nan if len(calls) in (3, *range(9, 40)) else 1)}
     monkeypatch.setattr(cmaev.CMAEV, "forward", spoilt_forward)
-    end = run(pretrain, *pretraining(demo, tmp_path, "--log-every", 1, "--epochs", 8))
+    end = run(pretrain, *pretraining(demo, tmp_path, "--log-every", 1, "--epochs", 8, "--seed", 2**64 - 1))
     assert end.startswith("error: step 28: 20 steps in a row had a loss or a gradient that is not finite")
     log, checkpoint = cmaev.read_log(tmp_path), checkpoint_of(tmp_path)
     assert [line["skipped_steps"] for line in log[:9]] == [0, 0, *6 * [1], 2]
     assert all(math.isfinite(line["loss"]) for line in log)
+    assert [line["step"] for line in log if math.isnan(line["grad_norm"])] == [3, *range(9, 28)]
+    text = (tmp_path / "log.jsonl").read_text()
+    assert text.count("null") == 20 and "NaN" not in text and "Infinity" not in text
     assert checkpoint["step"] == 27 and all(x.isfinite().all() for x in checkpoint["model"].values())
 
 
