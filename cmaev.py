@@ -58,7 +58,7 @@ from torchvision.utils import make_grid
 try:
     import fcntl
     import resource
-except ImportError:  # Windows
+except ImportError:  # Windows: this module, the model and --workers 0 work there, decoding processes do not
     fcntl = resource = None
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in VideoMAE

@@ -566,8 +566,10 @@ def main():
     meter = cmaev.Meter(["loss"], device)
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
     start = cmaev.resume(run, state)
-    if start == steps:
+    evaluated = run / "per-class.json"  # the last file that the evaluation at the end writes
+    if start == steps and cmaev.sum_over_ranks(torch.tensor(int(evaluated.exists()))):
         return cmaev.print0(f"{run} is finished, all {steps} steps: give --eval, or another --out")
+    evaluated.unlink(missing_ok=True)
     cmaev.print0(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes ({names[0]} to "
                  f"{names[-1]}), {steps} steps of {per_step} clips; {world} x {device.type}, {dtype or torch.float32}"
                  + (f"; continuing from step {start}" if start else ""))
@@ -605,6 +607,8 @@ def main():
             record = meter.read(done, per_step, per_epoch, s.bad_share)
             record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
             text = f"loss {record['loss']:.4f}"
+            if stop:  # before the validation, as SLURM soon kills
+                cmaev.save_checkpoint(run, done, state)
             if validate:
                 record["val_top1"], record["val_top5"] = evaluate(model, one_view)
                 text += f"  top-1 {record['val_top1']:.2f} %"
@@ -613,13 +617,13 @@ def main():
                 model.train()
                 meter.began = time.perf_counter()
             cmaev.write_log(run, record, steps, text, board)
-            if save or stop:
+            if save and not stop:
                 cmaev.save_checkpoint(run, done, state)
-            if stop and not last:
+            if stop:
                 cmaev.stop_run(stop, done)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    cmaev.print0(f"{record['bad_clips']} of {steps * per_step} clips were of bad videos")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(cmaev.SAVED_AND_STOPPED))
+    cmaev.print0(f"{meter.counts['bad_clips']} of {steps * per_step} clips were of bad videos")
     evaluate(model, model.test_clips(tests), run)
 
 

@@ -191,6 +191,11 @@ def main():
                      "give a smaller --patch, a larger --size or a lower --mask-ratio")
 
     board = cmaev.summary_writer(run, start) if s.tensorboard and cmaev.this_rank() == 0 else None
+
+    def save_run(step):
+        if cmaev.this_rank() == 0:
+            cmaev.save_encoder(model.encoder, run / "encoder.pt")
+        cmaev.save_checkpoint(run, step, state)
     received = cmaev.notice_signals()
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
         len(videos), per_step, steps, s.seed, start, cmaev.micro_batches(s, s.repeats))), device)
@@ -205,6 +210,8 @@ def main():
             save, show, stop = due(s.save_every), due(s.picture_every), received()
             record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
             record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
+            if stop:  # before the validation, as SLURM soon kills
+                save_run(done)
             text = (f"loss {record['loss']:.4f} = {record['reconstruction']:.4f} + {s.contrast_weight} x "
                     f"{record['contrast']:.4f}  accuracy {record['accuracy']:.0%}")
             if save and s.val:
@@ -217,10 +224,8 @@ def main():
                 if board:
                     board.add_image("reconstruction", drawn, done)
             meter.began = time.perf_counter()
-            if save or stop:
-                if cmaev.this_rank() == 0:
-                    cmaev.save_encoder(model.encoder, run / "encoder.pt")
-                cmaev.save_checkpoint(run, done, state)
+            if save and not stop:
+                save_run(done)
             if stop and not last:
                 cmaev.stop_run(stop, done)
     cmaev.print0(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; {record['bad_clips']} "

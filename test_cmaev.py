@@ -1484,7 +1484,7 @@ def test_an_encoder_is_built_from_its_file(tmp_path, name):
     ("config.json", '{"hidden_act": "relu"}', "config.json: hidden_act is relu, here it is gelu"),
     ("config.json", '{"layer_norm_eps": 0.001}', "config.json: layer_norm_eps is 0.001, here it is 1e-06"),
     ("config.json", '{"qkv_bias": false}', "config.json: qkv_bias is False, here it is True"),
-    ("config.json", "[1", "config.json is no JSON of settings"),
+    ("config.json", "[1", "config.json is damaged"),
     ("settings.json", '{"settings": {"encoder": "four_heads"}}', "it has 4 attention heads, not 2"),
     ("geometry", dict(grid=[2, 2, 3], cube=[2, 16, 16], heads=4), "it has 4 attention heads, not 2"),
     ("weights", dict(pos_embed=torch.ones(1, 12, 24)), "it has pos_embed, which"),
@@ -1699,6 +1699,93 @@ def test_what_a_run_was_started_with_has_to_stay(demo, tmp_path, monkeypatch):
     assert "checkpoint.pt cannot be read" in run(pretrain, *command)
     write_list(listed, videos[:-1])
     assert "has changed since" in run(pretrain, *command)
+
+
+@pytest.mark.parametrize("environment, gpus, expected", [
+    (dict(LOCAL_RANK="3"), 4, "cuda:3"), (dict(LOCAL_RANK="3"), 1, "cuda:0"), (dict(RANK="", WORLD_SIZE=""), 0, "cpu"),
+    (dict(LOCAL_RANK="2"), 2, "more ranks on this node than its 2 GPUs"),
+    (dict(LOCAL_RANK="0", LOCAL_WORLD_SIZE="2"), 1, "more ranks on this node than its 1 GPUs"),
+    (dict(WORLD_SIZE="2"), 0, "RANK expected, but not set"), (dict(RANK="1"), 0, "WORLD_SIZE expected, but not set"),
+    (dict(RANK="1", WORLD_SIZE="2"), 0, "MASTER_ADDR expected"), (dict(RANK="0", WORLD_SIZE="two"), 0, "'two'")])
+def test_a_rank_finds_its_device_and_the_others(monkeypatch, environment, gpus, expected):
+    """As torchrun starts it, or SLURM, whose --gpus-per-task=1 shows each task one GPU. The GPUs are pretended."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    try:
+        assert str(cmaev.join_ranks()) == expected
+    except cmaev.CMAEVError as error:
+        assert expected in str(error)
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_ranks_that_differ_do_not_train(demo, tmp_path, two_ranks, monkeypatch, script):
+    """In lists, settings or checkpoint. The others send their gradients alone, not the constant position tables."""
+    for rank in range(2):
+        for name, error in zip(DIFFERENCES, torch.load(two_ranks / f"errors-{rank}.pt"), strict=True):
+            assert error is None if name == "" else error.startswith(f"the ranks differ in {name}: give all the same")
+    command, ddp = (pretraining if script is pretrain else finetuning)(demo, tmp_path, "--val", demo / "val.txt"), []
+    command += ["--init", "none"]
+    monkeypatch.setattr(cmaev, "world_size", lambda: 2)
+    monkeypatch.setattr(script, "DistributedDataParallel", lambda model, **how: ddp.append(how) or 1 / 0)
+    monkeypatch.setattr(cmaev, "objects_of_ranks", lambda x: [x, x])
+    with pytest.raises(ZeroDivisionError):
+        run(script, *command)
+    assert ddp == [dict(broadcast_buffers=False)]
+    monkeypatch.setattr(cmaev, "objects_of_ranks", lambda x: [x, x and x | dict(lists="")])
+    assert "the ranks differ in lists" in run(script, *command)
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_a_signal_saves_before_a_validation(demo, tuned, undisturbed, tmp_path, monkeypatch, capsys, script):
+    """And the log loses nothing. A fine-tuning that is stopped in its last evaluation repeats that."""
+    log, saved, report = tmp_path / "log.jsonl", [], finetune.report
+    command, name, line = pretraining(demo, tmp_path, "--val", demo / "val.txt"), "held_out_reconstruction", 1
+    if script is finetune:
+        command, name, line = finetuning(demo, tmp_path, "--init", undisturbed, "--save-every", 99), "score_videos", 2
+    validate = getattr(script, name)
+
+    def watched(*arguments):
+        saved.append(checkpoint_of(tmp_path)["step"])
+        return validate(*arguments)
+
+    def stopped(*arguments):
+        if arguments[-1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, name, watched)
+        patch.setattr(cmaev, "notice_signals", lambda: lambda: signal.SIGTERM * (len(log.open().readlines()) == line))
+        assert run(script, *command) == str(cmaev.SAVED_AND_STOPPED) and saved == [4]
+    if script is finetune:
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "report", stopped)
+            assert run(script, *command) == str(cmaev.SAVED_AND_STOPPED) and checkpoint_of(tmp_path)["step"] == 9
+    assert run(script, *command) is None and "is finished" not in capsys.readouterr().out
+    if script is finetune:
+        assert log_of(tmp_path) == log_of(tuned) and run(script, *command) is None
+        assert (tmp_path / "predictions.csv").read_text() == (tuned / "predictions.csv").read_text()
+        assert "is finished" in capsys.readouterr().out
+    else:
+        assert all("held_out_reconstruction" in line for line in cmaev.read_log(tmp_path)[1:])
+
+
+def test_without_what_windows_lacks(demo, tmp_path, monkeypatch):
+    """The module, and a run without decoding processes."""
+    for name in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setattr(cmaev, name, None)
+    for name in ("SIGKILL", "SIGCHLD"):
+        monkeypatch.delattr(signal, name)
+    spec = importlib.util.spec_from_file_location("cmaev_elsewhere", cmaev.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert run(pretrain, *pretraining(demo, tmp_path, "--epochs", 2)) is None
+    assert all(math.isnan(line["memory_mib"]) for line in cmaev.read_log(tmp_path))
 
 
 def test_decay_groups_and_schedule():
