@@ -1824,15 +1824,25 @@ def run_script(main):
 
 
 def join_ranks():
-    """Joins the process group of torchrun, if there is one -> this rank's device."""
+    """Joins the process group of torchrun or SLURM, if there is one -> this rank's device."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: memory in pages of 2 MiB instead of 4 KiB
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK") or 0)
+        if gpus == 1:  # SLURM's --gpus-per-task=1: a task sees its own GPU alone
+            local = 0
+        if max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)) > gpus:
+            raise CMAEVError(f"there are more ranks on this node than its {gpus} GPUs: start one per GPU")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    ranks = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if ranks != ("0", "1") and not dist.is_initialized():
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            raise CMAEVError(f"the ranks cannot be joined ({last_line(error)}): start them by torchrun, or set "
+                             "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each") from None
     return device
 
 
@@ -1853,6 +1863,31 @@ def gather_over_ranks(x):
     rows = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(rows, x.contiguous())
     return torch.cat(rows)
+
+
+def objects_of_ranks(value):
+    """Gathers a Python object of each rank -> list."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def check_ranks(run, settings, device, *lists):
+    """Raises CMAEVError on each rank if the ranks differ in settings (but for --workers), lists or checkpoint.
+
+    A rank that does not see the checkpoint would start anew, and DDP would average it with the others.
+    """
+    path, precision = Path(run) / "checkpoint.pt", amp_dtype(settings.amp, device)
+    listed = hashlib.sha256(json.dumps(lists).encode()).hexdigest()
+    here = vars(settings) | dict(amp=precision, lists=listed, workers=0, checkpoint="")
+    if world_size() > 1 and path.exists():
+        with open(path, "rb") as file:
+            here["checkpoint"] = hashlib.file_digest(file, "sha256").hexdigest()
+    differ = {name for there in objects_of_ranks(here) for name in here if there[name] != here[name]}
+    if differ:
+        raise CMAEVError(f"the ranks differ in {', '.join(sorted(differ))}: give all the same command, with the "
+                         "lists and --out on a disk that they share")
 
 
 def sum_over_ranks(x):
@@ -1877,16 +1912,6 @@ def progress(items, what, every=10):
             left = timedelta(seconds=round((shown - began) * (len(items) - done) / done))
             print0(f"{what} {done}/{len(items)}  {left} left")
         yield item
-
-
-@contextlib.contextmanager
-def main_rank_first():
-    """Runs the block on rank 0 first, and then on the other ranks, which see the files that it wrote."""
-    if this_rank() > 0:
-        dist.barrier()
-    yield
-    if this_rank() == 0 and world_size() > 1:
-        dist.barrier()
 
 
 SAVED_AND_STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again"
@@ -2205,12 +2230,12 @@ def open_run(folder, settings, free, videos, **about):
         if old["videos"] != listed:
             raise CMAEVError(f"{settings['data']} has changed since {folder} began ({old['videos'][0]} videos then, "
                              f"{listed[0]} now): restore it, or give another --out")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)  # on each rank, for bad-videos.jsonl
+    except OSError as error:
+        out = flag(argparse.Namespace(**settings), "out")
+        raise CMAEVError(f"{out} cannot be made ({error.strerror}): give another folder") from None
     if this_rank() == 0:
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            out = flag(argparse.Namespace(**settings), "out")
-            raise CMAEVError(f"{out} cannot be made ({error.strerror}): give another folder") from None
         lock_run(folder)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
         with atomic_write(record) as file:

@@ -6,7 +6,7 @@
     python finetune.py --predict clip.mp4                                the five best classes of a video
     python finetune.py --features out.npz --data list.txt --init encoder.pt
     python finetune.py --export folder                                   the run in --out for Hugging Face
-    torchrun --nproc_per_node=8 finetune.py --recipe k400 --data train.txt --val val.txt --init encoder.pt
+    torchrun --standalone --nproc_per_node=8 finetune.py --recipe k400 --data train.txt --val val.txt --init encoder.pt
 
 The same command run again continues from the last checkpoint. --help lists the settings of a recipe.
 """
@@ -26,7 +26,6 @@ from pretrain import add_shared_settings
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -393,10 +392,7 @@ def score_videos(function, clips, batch, workers, device):
                                    "does so then, other weights")
         results[sample["replaced"][:, 0]] = math.nan
         rows |= zip(sample["index"][:, 0].tolist(), results)
-    if cmaev.world_size() > 1:
-        parts = [None] * cmaev.world_size()
-        dist.all_gather_object(parts, rows)
-        rows = {i: row for part in parts for i, row in part.items()}
+    rows = {i: row for part in cmaev.objects_of_ranks(rows) for i, row in part.items()}
     return torch.stack([rows[i] for i in range(len(clips))])
 
 
@@ -538,6 +534,7 @@ def main():
         return write_features(s, score, device)
 
     videos, tests, names, about = read_classes(s)
+    cmaev.check_ranks(run, s, device, videos, tests, names)
     if s.probe:
         return probe(s, videos, tests, names, score, device)
     parts = cmaev.micro_batches(s)
@@ -561,8 +558,7 @@ def main():
     per_step, per_epoch = s.batch_size * s.repeats, len(videos) // s.batch_size
     steps = s.epochs * per_epoch
 
-    with cmaev.main_rank_first():
-        cmaev.open_run(run, s, FREE, videos, **about)
+    cmaev.open_run(run, s, FREE, videos, **about)
     meter = cmaev.Meter(["loss"], device)
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
     start = cmaev.resume(run, state)
@@ -612,7 +608,8 @@ def main():
             if validate:
                 record["val_top1"], record["val_top5"] = evaluate(model, one_view)
                 text += f"  top-1 {record['val_top1']:.2f} %"
-                if record["val_top1"] > max((line.get("val_top1", -1) for line in cmaev.read_log(run)), default=-1):
+                if cmaev.this_rank() == 0 and not any(
+                        line.get("val_top1", -1) >= record["val_top1"] for line in cmaev.read_log(run)):
                     cmaev.save_checkpoint(run, done, dict(model=model), "best.pt")
                 model.train()
                 meter.began = time.perf_counter()

@@ -2,7 +2,7 @@
 
     python pretrain.py                                                   the demo, which makes its own videos
     python pretrain.py --recipe k400 --data train.txt --micro-batch 64   one GPU
-    torchrun --nproc_per_node=8 pretrain.py --recipe k400 --data train.txt
+    torchrun --standalone --nproc_per_node=8 pretrain.py --recipe k400 --data train.txt
 
 The same command run again continues from the last checkpoint. --help lists the settings of a recipe.
 """
@@ -100,10 +100,10 @@ def read_settings():
 
 def read_videos(s):
     """--data, --subset -> read_list's videos. Raises CMAEVError where they do not fill a step."""
-    with cmaev.main_rank_first():
-        if s.data == DEMO and not os.path.exists(DEMO):
-            cmaev.print0("making the demo's videos in data/demo")
-            cmaev.make_demo(Path(DEMO).parent)
+    if s.data == DEMO and not os.path.exists(DEMO) and cmaev.this_rank() == 0:
+        cmaev.print0("making the demo's videos in data/demo")
+        cmaev.make_demo(Path(DEMO).parent)
+    cmaev.objects_of_ranks(None)  # the other ranks wait for the videos
     cmaev.check_paths(s, "data", "val", "init")
     if s.batch_size < 2:
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give at least 2")
@@ -165,6 +165,7 @@ def main():
     s = read_settings()
     device = cmaev.join_ranks()
     videos, held_out, run = read_videos(s), cmaev.read_list(s.val) if s.val else [], Path(s.out)
+    cmaev.check_ranks(run, s, device, videos, held_out)
     model, optimizer, scaler, train_step = build(s, device)
     views = lambda videos, **how: cmaev.PretrainClips(videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size,
                                                       s.mask_ratio, log=run / "bad-videos.jsonl", **how)
@@ -173,8 +174,7 @@ def main():
     per_step, per_epoch = s.batch_size // s.repeats, len(videos) * s.repeats // s.batch_size
     steps = s.epochs * per_epoch
 
-    with cmaev.main_rank_first():
-        cmaev.open_run(run, s, FREE, videos)
+    cmaev.open_run(run, s, FREE, videos)
     meter = cmaev.Meter(METRICS, device)
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
     start = cmaev.resume(run, state)

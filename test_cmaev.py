@@ -26,6 +26,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import timeit
 import zlib
@@ -149,6 +150,9 @@ def write_list(path, videos):
 SMALL, TINY = dict(frames=4, size=(32, 48), tubelet=2, patch=16), dict(frames=4, size=32, tubelet=2, patch=8)
 cmaev.ENCODERS["vit_test"] = cmaev.VisionTransformer, dict(width=64, depth=2, heads=2)
 cmaev.ENCODERS["convvit_test"] = cmaev.ConvViT, dict(widths=(16, 32, 64), depths=(1, 1, 1), heads=2, fusion=True)
+DIFFERENCES = {  # what both of two ranks are given: --lr, a list, the content of the checkpoint; how they differ
+    "": 2 * [(1.0, ["a"], "x")], "lr": [(1.0, [], ""), (2.0, [], "")], "lists": [(1.0, ["a"], ""), (1.0, ["b"], "")],
+    "checkpoint": [(1.0, [], "x"), (1.0, [], "")], "checkpoint, lr": [(1.0, [], "x"), (2.0, [], "y")]}
 VIDEOS = torch.tensor([0, 1, 2, 0, 3, 0, 4, 1, 0, 5, 6, 6])  # of 12 clips, some of the same video
 both_encoders = pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
 
@@ -423,6 +427,17 @@ def work_as_rank(folder):
         query, key, video = half((*random_features(8), VIDEOS))
         losses = cmaev.info_nce(query, key, 0.07, video)
         torch.save([float(x) for x in losses], f"{folder}/info_nce-{rank}.pt")
+    errors = []
+    for of_ranks in DIFFERENCES.values():  # each rank has a disk of its own
+        lr, listed, content = of_ranks[rank]
+        node = Path(tempfile.mkdtemp())
+        if content:
+            (node / "checkpoint.pt").write_text(content)
+        try:
+            errors.append(cmaev.check_ranks(node, argparse.Namespace(amp="none", lr=lr, workers=rank), cpu, listed))
+        except cmaev.CMAEVError as error:
+            errors.append(str(error))
+    torch.save(errors, f"{folder}/errors-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
