@@ -2796,6 +2796,7 @@ def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, scri
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: updates.append(0) or adamw(optimizer))
+    monkeypatch.setattr(cmaev, "load_weights", lambda model, state, _: model.load_state_dict(state))  # no look for NaN
     with PretendedGPU(allow_non_fake_inputs=True):
         ended = run(script, *command)
     assert ended == "130" and len(updates) == 2
