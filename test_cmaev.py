@@ -1339,7 +1339,7 @@ def test_curves_of_runs(undisturbed, tuned, tmp_path, monkeypatch):
     from experiments import curves
     monkeypatch.chdir(tmp_path)
     assert run_experiment(monkeypatch, curves, undisturbed, tuned) is None
-    assert cmaev.decode_image("curves.png").shape[2] > 4 * 4 * 80  # five panels
+    assert torchvision.io.decode_image("curves.png").shape[2] > 4 * 4 * 80  # five panels
     colors = {(line.get_label(), line.get_color()) for ax in pyplot.gcf().axes for line in ax.lines}
     assert colors == {("undisturbed", "C0"), ("tuned", "C1")}
     assert "holds no log" in run_experiment(monkeypatch, curves, undisturbed, tmp_path)
@@ -2057,7 +2057,7 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     assert all(math.isfinite(value) for line in log for value in line.values())
     assert log[-1]["loss"] == pytest.approx(log[-1]["reconstruction"] + 0.14 * log[-1]["contrast"])
     assert settings["settings"]["lr"] == pretrain.RECIPES["demo"]["lr"] and settings["torch"] == torch.__version__
-    assert cmaev.decode_image(str(folder / "reconstruction-000008.png")).shape == (3, 2 + 12 * 114, 2 + 8 * 114)
+    assert torchvision.io.decode_image(str(folder / "reconstruction-000008.png")).shape == (3, 2 + 12 * 114, 2 + 8 * 114)
     encoder = torch.load(folder / "encoder.pt", weights_only=True)["model"]
     assert {"patch_embed.proj.weight", "blocks.5.attn.q_bias", "blocks.0.mlp.fc2.bias", "norm.weight"} < encoder.keys()
     assert run(pretrain, *command) is None
