@@ -72,6 +72,64 @@ class BadVideo(CMAEVError):
     """A video that cannot be read. Training replaces it with another video."""
 
 
+def last_line(error):
+    """The last line of an error's message, without the traceback that a worker process puts before it."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return line.removeprefix("cmaev.CMAEVError: ").removeprefix("cmaev.BadVideo: ")
+
+
+def print0(*values):
+    """Prints on rank 0."""
+    if this_rank() == 0:
+        print(*values, flush=True)
+
+
+def seed_of(*key):
+    """Hashes non-negative integers to a 64-bit seed. Zeros at the end do not count."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@contextlib.contextmanager
+def seeded(*key):
+    """Seeds torch's global CPU generator from the integers `key` inside the block, and restores it at the end.
+
+    torchvision's random transforms draw from the global one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        yield torch.default_generator.manual_seed(seed_of(*key))
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Writes a file atomically: under a temporary name, renamed at the end.
+
+    Raises CMAEVError if it cannot be written, for example on a full disk. The previous file is then kept.
+    """
+    try:
+        text = {} if "b" in mode else dict(encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
+        with open(f"{path}.partial", mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.partial", path)
+    except BaseException as error:
+        Path(f"{path}.partial").unlink(missing_ok=True)
+        for cause in (error, error.__context__):  # torch.save hides the reason behind an error of its own
+            if isinstance(cause, OSError):
+                kept = "the previous file is kept" if os.path.isfile(path) else "give another path, or make room"
+                raise CMAEVError(f"{path} cannot be written ({cause.strerror}): {kept}") from None
+        raise
+
+
+def parse_json(text, path, *keys):
+    """Parses a file's JSON, or a line of it -> dict. Raises CMAEVError where one of the keys is missing."""
+    with contextlib.suppress(ValueError, AttributeError):
+        record = json.loads(text)
+        if record.keys() >= set(keys):
+            return record
+    raise CMAEVError(f"{path} is damaged (it has {text[:40]!r}): restore it or delete it")
+
+
 # =====================================================================================================================
 # 1  Tokens and tube mask
 # =====================================================================================================================
@@ -84,6 +142,11 @@ def normalize(clips):
                          "[T, H, W, 3] of Video.read as frames[None].movedim(-1, 2)")
     channels = zip(clips.unbind(2), MEAN, STD)
     return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=1)
+
+
+def to_unit_range(clips):
+    """Undoes the mean and std of `normalize`: [B, 3, T, H, W] -> the same shape in [0, 1]."""
+    return torch.stack([channel * std + mean for channel, mean, std in zip(clips.unbind(1), MEAN, STD)], dim=1)
 
 
 def token_grid(frames, size, tubelet, patch):
@@ -106,6 +169,13 @@ def cubes(clip, grid, indices=None):
         return x.flatten(4).flatten(1, 3)
     batch = torch.arange(len(clip), device=clip.device)[:, None]
     return x[batch, indices // (h * w), indices // w % h, indices % w].flatten(2)
+
+
+def uncubes(x, grid, size):
+    """The inverse of `cubes`: [B, N, values] -> [B, 3, T, H, W], size (T, H, W)."""
+    (t, h, w), (frames, height, width) = grid, size
+    x = x.reshape(-1, t, h, w, frames // t, height // h, width // w, 3)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, 3, frames, height, width)
 
 
 def tube_mask(batch, grid, ratio, generator=None):
@@ -487,6 +557,40 @@ class PixelDecoder(nn.Module):
         return self.head(self.norm(x[:, -masked.shape[1]:]))
 
 
+def world_size():
+    """Number of ranks; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_rank():
+    """Number of this rank; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_over_ranks(x):
+    """Gathers the rows of all ranks, without gradient: [B, C] -> [B * world, C]."""
+    if world_size() == 1:
+        return x
+    rows = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(rows, x.contiguous())
+    return torch.cat(rows)
+
+
+def objects_of_ranks(value):
+    """Gathers a Python object of each rank -> list."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(x):
+    """Sum of a tensor over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
 class AllReduce(torch.autograd.Function):
     """Sum over ranks, forward and backward, on every backend.
 
@@ -701,36 +805,9 @@ def backward_in_parts(model, parallel, parts, views, scaler, autocast):
     return losses | dict(loss=reconstruction + model.contrast_weight * losses["contrast"]), replaced
 
 
-def to_unit_range(clips):
-    """Undoes the mean and std of `normalize`: [B, 3, T, H, W] -> the same shape in [0, 1]."""
-    return torch.stack([channel * std + mean for channel, mean, std in zip(clips.unbind(1), MEAN, STD)], dim=1)
-
-
-def uncubes(x, grid, size):
-    """The inverse of `cubes`: [B, N, values] -> [B, 3, T, H, W], size (T, H, W)."""
-    (t, h, w), (frames, height, width) = grid, size
-    x = x.reshape(-1, t, h, w, frames // t, height // h, width // w, 3)
-    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, 3, frames, height, width)
-
-
 # =====================================================================================================================
 # 6  The two views
 # =====================================================================================================================
-
-
-def seed_of(*key):
-    """Hashes non-negative integers to a 64-bit seed. Zeros at the end do not count."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-@contextlib.contextmanager
-def seeded(*key):
-    """Seeds torch's global CPU generator from the integers `key` inside the block, and restores it at the end.
-
-    torchvision's random transforms draw from the global one.
-    """
-    with torch.random.fork_rng(devices=[]):
-        yield torch.default_generator.manual_seed(seed_of(*key))
 
 
 def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
@@ -959,12 +1036,6 @@ MAX_PIXELS = 2**26  # of one frame
 MAX_BYTES = 2**32  # of the frames of one sample, before they are cropped
 MAX_KEPT = 2**28  # bytes of decoded frames that are kept of a file without an index
 MAX_SECONDS = 60  # to open a file, and to read from it
-
-
-def last_line(error):
-    """The last line of an error's message, without the traceback that a worker process puts before it."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return line.removeprefix("cmaev.CMAEVError: ").removeprefix("cmaev.BadVideo: ")
 
 
 @contextlib.contextmanager
@@ -1846,33 +1917,6 @@ def join_ranks():
     return device
 
 
-def world_size():
-    """Number of ranks; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def this_rank():
-    """Number of this rank; 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def gather_over_ranks(x):
-    """Gathers the rows of all ranks, without gradient: [B, C] -> [B * world, C]."""
-    if world_size() == 1:
-        return x
-    rows = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(rows, x.contiguous())
-    return torch.cat(rows)
-
-
-def objects_of_ranks(value):
-    """Gathers a Python object of each rank -> list."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def check_ranks(run, settings, device, *lists):
     """Raises CMAEVError on each rank if the ranks differ in settings (but for --workers), lists or checkpoint.
 
@@ -1888,19 +1932,6 @@ def check_ranks(run, settings, device, *lists):
     if differ:
         raise CMAEVError(f"the ranks differ in {', '.join(sorted(differ))}: give all the same command, with the "
                          "lists and --out on a disk that they share")
-
-
-def sum_over_ranks(x):
-    """Sum of a tensor over the ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def print0(*values):
-    """Prints on rank 0."""
-    if this_rank() == 0:
-        print(*values, flush=True)
 
 
 def progress(items, what, every=10):
@@ -2190,28 +2221,6 @@ def write_png(image, path):
     Path(path).write_bytes(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
 
 
-@contextlib.contextmanager
-def atomic_write(path, mode="w"):
-    """Writes a file atomically: under a temporary name, renamed at the end.
-
-    Raises CMAEVError if it cannot be written, for example on a full disk. The previous file is then kept.
-    """
-    try:
-        text = {} if "b" in mode else dict(encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
-        with open(f"{path}.partial", mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.partial", path)
-    except BaseException as error:
-        Path(f"{path}.partial").unlink(missing_ok=True)
-        for cause in (error, error.__context__):  # torch.save hides the reason behind an error of its own
-            if isinstance(cause, OSError):
-                kept = "the previous file is kept" if os.path.isfile(path) else "give another path, or make room"
-                raise CMAEVError(f"{path} cannot be written ({cause.strerror}): {kept}") from None
-        raise
-
-
 def open_run(folder, settings, free, videos, **about):
     """Creates a run's folder, or checks that it holds this run. Locks it until the process ends.
 
@@ -2334,15 +2343,6 @@ def read_log(run):
     lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     records = (parse_json(line, log, "step") for line in lines)
     return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
-
-
-def parse_json(text, path, *keys):
-    """Parses a file's JSON, or a line of it -> dict. Raises CMAEVError where one of the keys is missing."""
-    with contextlib.suppress(ValueError, AttributeError):
-        record = json.loads(text)
-        if record.keys() >= set(keys):
-            return record
-    raise CMAEVError(f"{path} is damaged (it has {text[:40]!r}): restore it or delete it")
 
 
 # =====================================================================================================================
