@@ -11,7 +11,6 @@ Read it beside the paper, from top to bottom. The method comes first; file readi
      7  video files            frame-accurate reading of video files and frame folders; list files
      8  weights                loads this project's, VideoMAE's and Hugging Face's weights; saves an encoder
      9  training               what the scripts share: settings, ranks, AMP, schedule, step, checkpoint, log
-    10  demo; one clip         generates labelled videos; python cmaev.py clip.mp4 [run]: each step on your own video
 
 Each number is marked with its source: the paper or public code of [VideoMAE], [CMAE], [ConvMAE], [MAE], ...; [choice]:
 ours, where none of them gives a value.
@@ -53,7 +52,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
-from torchvision.utils import make_grid
 
 try:
     import fcntl
@@ -752,58 +750,6 @@ class CMAEV(nn.Module):
         filled = [x.scatter(1, masked[..., None].expand_as(prediction), filling.flatten(-2)) for filling in fillings]
         return [to_unit_range(uncubes(x, self.encoder.grid, clip.shape[2:])).clamp(0, 1) for x in (x, *filled)]
 
-    @torch.no_grad()
-    def features(self, online, target, mask):
-        """Equations 1 to 3 without gradient -> features [B, D] of the online and the target view."""
-        self.encoder.check(online, mask)
-        visible, _ = visible_and_masked(mask, online.device)
-        return self.encoder(online, visible).mean(dim=1), self.target_encoder(target).mean(dim=1)
-
-
-def backward_in_parts(model, parallel, parts, views, scaler, autocast):
-    """Backward pass of a batch in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
-
-    `parts`: the loader's dicts; views(part): the arguments of `parallel`, which is the model or its DDP wrapper.
-    Gradient accumulation gives another gradient, since InfoNCE and the heads' batch norm couple all clips. But L_c sees
-    the encoder only through the features f of the clips. Let g be the gradient of lambda_c L_c with respect to f. Then
-    <f, g> has the same gradient with respect to the encoder, and it is a sum over clips. The cost: the encoder runs
-    twice on its visible tokens.
-    """
-    kept, features, replaced = [], [], 0
-    for part in parts:  # 1. the features of all micro-batches, without gradient
-        if model.contrast_weight:
-            online, target, mask, video = views(part)
-            with autocast():
-                features.append((*model.features(online, target, mask), video))
-        replaced += part["replaced"].sum()
-        kept.append({name: part[name] for name in ("online", "mask")})
-
-    logged = {}
-    if model.contrast_weight:  # 2. g, from the whole batch
-        f, target_feature, video = map(torch.cat, zip(*features))
-        f = f.float().requires_grad_()
-        with autocast():
-            logged["contrast"], logged["accuracy"] = model.contrast(f, target_feature, video)
-            loss = scaler.scale(model.contrast_weight * logged["contrast"])
-        g = torch.autograd.grad(loss, f)[0] / scaler.scale(torch.ones_like(loss))
-
-    reconstruction = 0
-    for i, part in enumerate(kept):  # 3. each micro-batch again, with gradient
-        last, batch, clips = i == len(kept) - 1, len(part["mask"]), views(part)
-        with synchronised(parallel, last):
-            with autocast():
-                losses = parallel(*clips)  # without a target: the reconstruction alone
-                loss = losses["loss"] / len(kept)
-                reconstruction = reconstruction + loss.detach()
-                if model.contrast_weight and last:  # L_c itself: gives the heads their gradient too
-                    f = torch.cat([f.detach()[:-batch], losses["feature"].float()])
-                    loss = loss + model.contrast_weight * model.contrast(f, target_feature, video)[0]
-                elif model.contrast_weight:
-                    loss = loss + (losses["feature"] * g[i * batch:(i + 1) * batch]).sum()
-            scaler.scale(loss).backward()
-    losses = losses | logged | dict(reconstruction=reconstruction)
-    return losses | dict(loss=reconstruction + model.contrast_weight * losses["contrast"]), replaced
-
 
 # =====================================================================================================================
 # 6  The two views
@@ -1116,25 +1062,9 @@ class Video:
 
     def _read_images(self, wanted):
         for i in wanted:
-            image = self._read_image(np.fromfile(self.images[i], np.uint8))
+            image = read_image(self.images[i])
             self._check_size(image.shape[1], image.shape[0], len(wanted))
             yield i, image
-
-    def _read_image(self, data):
-        """The bytes of a JPEG or PNG file -> uint8 RGB [H, W, 3], by torchvision, which deprecates this, or by PyAV.
-
-        PyAV interpolates a JPEG's colours less smoothly than libjpeg: in footage 1 grey level apart on average, 22 at
-        most (12 videos, qualities 75 to 95); more at edges of saturated colours.
-        """
-        try:
-            from torchvision.io import ImageReadMode, decode_image
-        except ImportError:
-            decoder = av.CodecContext.create("mjpeg" if data[:2].tobytes() == b"\xff\xd8" else "png", "r")
-            frame, = decoder.decode(av.Packet(data)) + decoder.decode(None)
-            self.size = frame.width, frame.height
-            return self._to_rgb(frame)
-        image = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
-        return v2.functional.to_dtype(image, torch.uint8, scale=True).permute(1, 2, 0)  # PNG may have 16 bits
 
     def _check_size(self, width, height, count=1):
         if width * height > MAX_PIXELS or 3 * width * height * count > MAX_BYTES:
@@ -1296,17 +1226,16 @@ class Video:
         self._check_size(*self.size, len(wanted))
         for i, frame in enumerate(self._decode_from_start() if self.kept is None else self.kept):
             if i == 0:
-                self.matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+                self.matrix = display_matrix(frame)
             if i in wanted:
                 yield i, self._to_rgb(frame)
             if i == wanted[-1]:
                 return
 
     def _to_rgb(self, frame):
-        """A decoded frame -> uint8 RGB [H, W, 3], scaled to the first frame, cropped, turned by its display matrix.
+        """A decoded frame -> uint8 RGB [H, W, 3], scaled to the first frame, cropped, upright.
 
-        The matrix maps column x and row y of the stored picture to column a x + c y and row b x + d y of the shown one.
-        A matrix of the first frame alone (H.264's message) holds for all.
+        A display matrix of the first frame alone (H.264's message) holds for all.
         """
         if frame.colorspace not in CONVERTED:  # as FFmpeg 5: BT.2020's matrix for its constant luminance, else BT.601's
             frame.colorspace = 9 if frame.colorspace == 10 else 2
@@ -1316,15 +1245,45 @@ class Video:
         image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1, **scale))
         left, right, top, bottom = self.crop
         image = image[top:len(image) - bottom, left:image.shape[1] - right]
-        matrix = SideDataContainer(frame).get("DISPLAYMATRIX", self.matrix)  # frame.side_data would make a cycle
-        if matrix is None:
-            return image
-        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
-        if min(abs(a) + abs(d), abs(b) + abs(c)) > 0.02 * max(abs(a) + abs(d), abs(b) + abs(c)):
-            raise BadVideo(f"{self.path}: is rotated, but not by a multiple of 90 degrees: rotate it upright")
-        if abs(a) + abs(d) < abs(b) + abs(c):
-            image, a, d = image.transpose(0, 1), c, b
-        return image.flip([axis for axis, direction in ((0, d), (1, a)) if direction < 0])
+        return upright(image, display_matrix(frame) or self.matrix)
+
+
+def display_matrix(frame):
+    """A decoded frame's display matrix, or None."""
+    return SideDataContainer(frame).get("DISPLAYMATRIX")  # frame.side_data would make a reference cycle
+
+
+def upright(image, matrix):
+    """Rotates and flips an image [H, W, 3] as FFmpeg's display matrix says, if there is one.
+
+    The matrix maps column x and row y of the stored picture to column a x + c y and row b x + d y of the shown one.
+    """
+    if matrix is None:
+        return image
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)
+    straight, crossed = abs(a) + abs(d), abs(b) + abs(c)
+    if min(straight, crossed) > 0.02 * max(straight, crossed):
+        raise ValueError("rotated, but not by a multiple of 90 degrees: rotate it upright")
+    if straight < crossed:
+        image, a, d = image.transpose(0, 1), c, b
+    return image.flip([axis for axis, direction in ((0, d), (1, a)) if direction < 0])
+
+
+def read_image(path):
+    """Reads a JPEG or PNG file -> uint8 RGB [H, W, 3], by torchvision, which deprecates this, or else by PyAV.
+
+    PyAV interpolates a JPEG's colours less smoothly than libjpeg: in footage 1 grey level apart on average, 22 at
+    most (12 videos, qualities 75 to 95); more at edges of saturated colours.
+    """
+    data = np.fromfile(path, np.uint8)
+    try:
+        from torchvision.io import ImageReadMode, decode_image
+    except ImportError:
+        decoder = av.CodecContext.create("mjpeg" if data[:2].tobytes() == b"\xff\xd8" else "png", "r")
+        frame, = decoder.decode(av.Packet(data)) + decoder.decode(None)
+        return upright(torch.from_numpy(frame.to_ndarray(format="rgb24")), display_matrix(frame))
+    image = decode_image(torch.from_numpy(data), ImageReadMode.RGB, apply_exif_orientation=True)
+    return v2.functional.to_dtype(image, torch.uint8, scale=True).permute(1, 2, 0)  # PNG may have 16 bits
 
 
 LAST_NUMBER = re.compile(r"^(.*?)\d+(?:\.\d+)?(\D*)$", re.DOTALL)
@@ -1564,64 +1523,13 @@ def split_biases(state):
     return split
 
 
-def save_encoder(encoder, path, layout="videomae", decoder=None):
-    """Writes an encoder in one of two layouts.
-
-    "videomae": a file {"model": state dict, "geometry": ...}; ViT weights use VideoMAE's names. "huggingface": a folder
-    for VideoMAEModel.from_pretrained or, with a pixel decoder, VideoMAEForPreTraining.from_pretrained (ViT only).
-    """
-    if layout == "huggingface":
-        return save_hugging_face(path, encoder, decoder)
+def save_encoder(encoder, path):
+    """Writes an encoder's file, {"model": state dict, "geometry": ...}. A ViT's weights have VideoMAE's names."""
     state = encoder.state_dict()
     geometry = {"grid": list(encoder.grid), "cube": list(encoder.cube), "heads": encoder.layers()[-1].attn.heads}
     with atomic_write(path, "wb") as file:
         torch.save({"model": split_biases(state) if isinstance(encoder, VisionTransformer) else state,
                     "geometry": geometry}, file)
-
-
-def save_hugging_face(folder, encoder, decoder=None, head=None, names=()):
-    """Writes a ViT in Hugging Face's layout: a folder for from_pretrained of transformers.
-
-    For VideoMAEModel; with a decoder, for VideoMAEForPreTraining; with `head` (the state dict of a classifier's fc_norm
-    and head) and its class names, for VideoMAEForVideoClassification. The biases are written twice: transformers 5.8 to
-    5.16 read query.bias and value.bias alone, 4 to 5.4 q_bias and v_bias alone. Raises CMAEVError for a ConvViT.
-    """
-    if not isinstance(encoder, VisionTransformer):
-        raise CMAEVError("Hugging Face has no ConvViT: only a ViT can be written in its layout")
-    (frames, height, width), (tubelet, patch, _) = encoder.grid, encoder.cube
-    if height != width:
-        raise CMAEVError(f"Hugging Face's VideoMAE takes square frames, not a token grid of {height}x{width}")
-    kind = "VideoMAEForPreTraining" if decoder else "VideoMAEForVideoClassification" if head else "VideoMAEModel"
-    config = dict(
-        architectures=[kind], model_type="videomae", image_size=height * patch, patch_size=patch,
-        num_frames=frames * tubelet, tubelet_size=tubelet, hidden_size=encoder.width,
-        num_hidden_layers=len(encoder.blocks), num_attention_heads=encoder.blocks[0].attn.heads,
-        intermediate_size=4 * encoder.width, layer_norm_eps=1e-6, qkv_bias=True, qv_bias=True,
-        use_mean_pooling=head is not None, norm_pix_loss=True)
-    parts = encoder.state_dict() | (head or {})
-    if decoder:
-        config |= dict(decoder_hidden_size=decoder.embed.out_features, decoder_num_hidden_layers=len(decoder.blocks),
-                       decoder_num_attention_heads=decoder.blocks[0].attn.heads,
-                       decoder_intermediate_size=4 * decoder.embed.out_features)
-        parts |= {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
-        parts["decoder.mask_token"] = parts["decoder.mask_token"].view(1, 1, -1)
-    if head:
-        config |= dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
-    state = {}
-    for name, value in (parts | split_biases(parts)).items():
-        prefix = "videomae." * (kind != "VideoMAEModel" and not name.startswith(("decoder.", "head.", "fc_norm.")))
-        split = {"qkv": value} if "qkv" not in name else dict(zip(("query", "key", "value"), value.chunk(3)))
-        state |= {prefix + rename(name.replace("qkv", part), HUGGING_FACE): x.contiguous() for part, x in split.items()}
-    size = height * patch
-    processor = dict(image_processor_type="VideoMAEImageProcessor", do_resize=True, size=dict(shortest_edge=size),
-                     do_center_crop=True, crop_size=dict(height=size, width=size), do_rescale=True,
-                     rescale_factor=1 / 255, do_normalize=True, image_mean=MEAN, image_std=STD, resample=2)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with atomic_write(Path(folder) / "pytorch_model.bin", "wb") as file:
-        torch.save(state, file)
-    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-        with atomic_write(Path(folder) / name) as file:
-            json.dump(content, file, indent=1)
 
 
 def load_tensors(path):
@@ -1837,7 +1745,7 @@ def parse_settings(parser, recipes, argv):
     unset = argparse.Namespace(**dict.fromkeys(vars(settings), parser))  # a mark that only given flags replace
     by_hand = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not parser}
     settings.overridden = {name: parser.get_default(name) for name in sorted(by_hand)}
-    from_run = by_hand & {"eval", "predict", "export", "features"}  # they take the settings of the run or the weights
+    from_run = by_hand & {"eval", "predict", "features"}  # they take the settings of the run or the weights
     if "data" in by_hand and "recipe" not in by_hand and not from_run:
         fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 (of 224x224, "
              "sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 56x56)")
@@ -2311,23 +2219,9 @@ def read_checkpoint(path):
         raise CMAEVError(f"{path} cannot be read ({type(error).__name__}): restore it or delete it") from None
 
 
-def summary_writer(run, step):
-    """TensorBoard's writer for a run's folder. Drops the records after `step` that an earlier start wrote."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise CMAEVError("--tensorboard needs the package tensorboard: pip install it") from None
-    return SummaryWriter(run, purge_step=step + 1)
-
-
-def write_log(run, record, steps, text, board=None):
-    """Appends a record to run/log.jsonl and prints it, on rank 0. `text`: the losses' part of the printed line.
-
-    `board`: a summary_writer; it gets the record too.
-    """
+def write_log(run, record, steps, text):
+    """Appends a record to run/log.jsonl and prints it, on rank 0. `text`: the losses' part of the printed line."""
     if this_rank() == 0:
-        for name, value in record.items() if board else ():
-            board.add_scalar(name, value, record["step"])
         with open(f"{run}/log.jsonl", "a") as file:
             numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}
             print(json.dumps(numbers), file=file)  # JSON has no NaN
@@ -2345,160 +2239,5 @@ def read_log(run):
     return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
 
 
-# =====================================================================================================================
-# 10  Demo; one clip
-# =====================================================================================================================
-
-DEMO_CLASSES = ("left", "right", "up", "down", "clockwise", "counterclockwise", "growing", "shrinking",
-                "swinging", "bobbing")
-DEMO_SHAPES = ("disk", "square", "ring", "cross", "triangle")
-DEMO_FRAMES, DEMO_SIDE = 48, 96
-
-
-def make_demo(folder, kind="motions", train=400, val=200, seed=0):
-    """Writes folder/{train,val}/class/*.mp4 (H.264, 48 frames of 96 x 96) and the lists train.txt and val.txt.
-
-    A glowing shape moves over a darker, slowly drifting background; the ten classes are motions. A look is a shape, the
-    colours of the shape and those of the background. What varies per video in all classes: size, place, speed, drift
-    and angle. `kind` says what a look tells of the class:
-        scenes   each pair of adjacent classes has its own shape, in 24 looks: a frame tells the pair, as in Kinetics
-        motions  all classes share 8 looks: a frame tells nothing of the class, as in Something-Something
-        looks    each video has its own look, which identifies the video but not its class
-    Video i of a split is a pure function of (kind, seed, split, i). The folder must be empty or not exist.
-    """
-    folder, partial = Path(folder), Path(f"{folder}.partial")
-    if kind not in ("scenes", "motions", "looks"):
-        raise CMAEVError(f"no kind {kind!r} of demo videos: choose from scenes, motions, looks")
-    if folder.exists() and os.listdir(folder):
-        raise CMAEVError(f"{folder} is not empty: remove it, or make the demo's videos in another folder")
-    for split, (name, count) in enumerate((("train", train), ("val", val))):
-        lines = []
-        for i in progress(range(count), f"{folder}: {name} video"):
-            label = i % len(DEMO_CLASSES)
-            file = f"{name}/{DEMO_CLASSES[label]}/{i:05d}.mp4"
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            write_video(partial / file, demo_video(label, np.random.default_rng((seed, split, i)), kind))
-            lines.append(f"{file} {label}\n")
-        (partial / f"{name}.txt").write_text("".join(lines))
-    os.replace(partial, folder)
-
-
-def write_video(path, frames, rate=24):
-    """Writes uint8 RGB frames, each [H, W, 3], as H.264: the same file every time.
-
-    With x264's default threads and look-ahead, the file depends on how fast the frames come.
-    """
-    options = {"crf": "18", "preset": "veryfast", "x264-params": "threads=1:sync-lookahead=0:mbtree=0"}
-    with av.open(str(path), "w") as container:
-        stream = None
-        for frame in frames:
-            if stream is None:
-                stream = container.add_stream("libx264", rate=rate, options=options)
-                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        container.mux(stream.encode(None))
-
-
-def demo_video(label, rng, kind):
-    """The frames of one demo video, uint8 [H, W, 3] each."""
-    motion, shape, look = DEMO_CLASSES[label], label // 2, rng
-    if kind == "scenes":
-        look = np.random.default_rng((5, shape, rng.integers(24)))
-    else:
-        look = np.random.default_rng((7, rng.integers(8))) if kind == "motions" else rng
-        shape = look.integers(len(DEMO_SHAPES))
-    background, surface = demo_texture(look, (110, 240), (0.08, 0.35)), demo_texture(look, (1.2, 2.4), (0.6, 0.9))
-    glow = 0.6 * surface(np.zeros(2, np.float32))
-    size, middle = rng.uniform(19, 27), DEMO_SIDE / 2 + rng.uniform(-12, 12, 2)
-    angle, place, drift = rng.uniform(0, 2 * np.pi), rng.uniform(-20, 20, 2), rng.normal(0, 0.12, 2)
-    speed, growth, reach, radius = (rng.uniform(*span) for span in ((0.7, 1.4), (0.02, 0.035), (12, 19), (11, 18)))
-    beat, turn, phase = 2 * np.pi / rng.uniform(30, 44), 2 * np.pi / rng.uniform(40, 60), rng.uniform(0, 2 * np.pi)
-    direction = np.array(dict(left=(0, -1), right=(0, 1), up=(-1, 0), down=(1, 0)).get(motion, (0, 0)))
-    swing = np.array(dict(swinging=(0, 1), bobbing=(1, 0)).get(motion, (0, 0)))
-    spin = dict(clockwise=1, counterclockwise=-1).get(motion, 0)
-    scale = dict(growing=1, shrinking=-1).get(motion, 0)
-    circle = lambda t: radius * np.array([np.sin(phase + spin * turn * t), np.cos(phase + spin * turn * t)])
-    path = lambda t: direction * speed * t + swing * reach * np.sin(phase + beat * t) + circle(t)
-    turned = np.float32([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    pixels = np.stack(np.mgrid[:DEMO_SIDE, :DEMO_SIDE], axis=-1).astype(np.float32)  # (row, column)
-    for t in np.arange(DEMO_FRAMES) - DEMO_FRAMES // 2:
-        side = size * np.exp(scale * growth * t)
-        local = (pixels - np.float32(middle + path(t) - path(0))) @ turned / np.float32(side)
-        inside = side * signed_distance(DEMO_SHAPES[shape], local)[..., None]  # pixels to the edge
-        edge = np.clip(inside / 4 + 0.5, 0, 1)
-        halo = 0.9 * np.exp(-(np.clip(-inside, 0, None) / 26) ** 2)
-        around = (1 - halo) * background(pixels - np.float32(place + drift * t)) + halo * glow
-        image = edge * surface(local) + (1 - edge) * around
-        yield np.clip(image * 255, 0, 255).astype(np.uint8)
-
-
-def signed_distance(shape, points):
-    """The approximate distance to the edge of a shape of radius 1, positive inside: [..., 2] -> [...]."""
-    x, y = np.abs(points[..., 0]), np.abs(points[..., 1])
-    radius = np.hypot(x, y)
-    return {"disk": 1 - radius, "square": 0.85 - np.maximum(x, y), "ring": 0.33 - np.abs(radius - 0.7),
-            "cross": np.maximum(np.minimum(0.33 - x, 1 - y), np.minimum(0.33 - y, 1 - x)),
-            "triangle": 0.55 - np.maximum(points[..., 0], 0.866 * y - 0.5 * points[..., 0])}[shape]
-
-
-def demo_texture(rng, lengths, bases):
-    """Two random coloured waves: a function of coordinates [..., 2] -> RGB [..., 3], mostly in 0 to 1."""
-    angle, length = rng.uniform(0, 2 * np.pi, 2), rng.uniform(*lengths, 2)
-    waves = np.float32(np.stack([np.cos(angle), np.sin(angle)]) * 2 * np.pi / length)
-    phase, base, color = rng.uniform(0, 2 * np.pi, 2), rng.uniform(*bases, 3), rng.normal(size=(2, 3))
-    color *= 0.2 / np.linalg.norm(color, axis=1, keepdims=True)
-    phase, base, color = np.float32(phase), np.float32(base), np.float32(color)
-    return lambda points: base + np.sin(points @ waves + phase) @ color
-
-
-def main():
-    """Prints each step of the method on four clips of a video, and draws the first: python cmaev.py clip.mp4 [run]."""
-    if len(sys.argv) not in (2, 3) or sys.argv[1].startswith("-"):
-        raise CMAEVError("give a video and, if there is one, a run: python cmaev.py clip.mp4 runs/pretrain-demo")
-    path, run = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
-    s = argparse.Namespace(encoder="vit_small", contrast_weight=0.14, temperature=0.07, fusion=True, mask_ratio=0.9,
-                           frames=16, size=112, tubelet=2, patch=8, rate=4, max_shift=8)
-    if run and not Path(run, "settings.json").exists():
-        raise CMAEVError(f"{run} is not a run of pretrain.py: it has no settings.json")
-    if run:
-        vars(s).update(parse_json(Path(run, "settings.json").read_bytes(), run, "settings")["settings"])
-    if hasattr(s, "layer_decay"):
-        raise CMAEVError(f"{run} is a run of finetune.py, from --init {s.init}: give a run of pretrain.py")
-    torch.manual_seed(0)
-    model = CMAEV(s.encoder, s.contrast_weight, s.temperature, fusion=s.fusion, frames=s.frames, size=s.size,
-                  tubelet=s.tubelet, patch=s.patch)
-    if run:
-        load_weights(model, read_checkpoint(Path(run, "checkpoint.pt"))["model"], run)
-
-    length, sampling = len(Video(path)), (s.frames, s.rate, s.max_shift)
-    with seeded(0, 0, 0) as generator:  # PretrainClips draws the same
-        for view, indices in zip(("online", "target"), temporal_shift_indices(length, *sampling, generator)):
-            print(f"{view} view, frames of {length}: {indices.tolist()}")
-    sample = PretrainClips([(path, None)], model.encoder.grid, *sampling, s.size, s.mask_ratio, repeats=4)[0, 0]
-    online, target = normalize(sample["online"]), normalize(augment_colors(sample["target"], sample["colors"]))
-    mask, (visible, masked) = sample["mask"], visible_and_masked(sample["mask"])
-    with torch.no_grad():
-        losses, tokens = model(online, target, mask), model.encoder(online, visible)
-        steps = {"online clips": online, "target clips, coloured": target, "mask (1: masked)": mask.float(),
-                 "eq. 1  visible tokens": tokens, "eq. 2  online features": losses["feature"]}
-        if s.contrast_weight:  # else there is no target branch
-            target_feature = model.target_encoder(target).mean(dim=1)
-            query, key = model.predictor(model.projector(losses["feature"])), model.target_projector(target_feature)
-            steps |= {"eq. 3  target features": target_feature,
-                      "eq. 4  cosine similarities": F.normalize(query) @ F.normalize(key).T,
-                      "eq. 5  L_c of these four clips": losses["contrast"]}
-        steps |= {"eq. 6  predicted cubes": model.decoder(tokens, visible, masked),
-                  "eq. 7  L_r": losses["reconstruction"], f"eq. 8  L_r + {s.contrast_weight} L_c": losses["loss"]}
-    print(f"{'':<32}  mean +- standard deviation  [shape]")
-    for name, x in steps.items():
-        spread = f" +- {x.std():.3f}  {list(x.shape)}" if x.ndim else ""
-        print(f"{name:<32}{x.mean():6.3f}{spread}")
-    original, hidden, _, filled = model.reconstruct(online[:1], mask[:1])
-    rows = torch.cat([original, hidden, to_unit_range(target[:1]), filled][:4 if run else 3]).transpose(1, 2)
-    frames, picture = rows[:, ::-(-s.frames // 8)], Path(run or "", f"{Path(path).stem}.png")
-    write_png((make_grid(frames.flatten(0, 1), nrow=frames.shape[1]) * 255).byte(), str(picture))
-    print(f"{picture}, rows: online frames; masked; target frames" + "; reconstruction" * bool(run))
-
-
 if __name__ == "__main__":
-    run_script(main)
+    print("this is a module: run pretrain.py, finetune.py, or a tool: python -m tools.one_clip clip.mp4 (see README.md)")

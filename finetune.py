@@ -5,7 +5,6 @@
     python finetune.py --eval --segments 5 --crops 3                     evaluates the run in --out
     python finetune.py --predict clip.mp4                                the five best classes of a video
     python finetune.py --features out.npz --data list.txt --init encoder.pt
-    python finetune.py --export folder                                   the run in --out for Hugging Face
     torchrun --standalone --nproc_per_node=8 finetune.py --recipe k400 --data train.txt --val val.txt --init encoder.pt
 
 The same command run again continues from the last checkpoint. --help lists the settings of a recipe.
@@ -46,9 +45,9 @@ RECIPES = {
     "ssv2": COMMON | dict(out="runs/finetune-ssv2", init="runs/pretrain-ssv2", sampling="uniform", flip=False,
                           segments=2, epochs=50, batch_size=512),
 }
-MACHINE = {"compile", "workers", "tensorboard", "log_every", "save_every"}
+MACHINE = {"compile", "workers", "log_every", "save_every"}
 FREE = MACHINE | {"micro_batch", "bad_share", "segments", "crops", "val", "val_every", "eval", "predict", "features",
-                  "export", "best", "overridden"}  # may change when a run continues
+                  "best", "overridden"}  # may change when a run continues
 
 
 # =====================================================================================================================
@@ -434,8 +433,7 @@ def read_settings():
     add("--eval", action=flag, default=False, help="only evaluate the run in --out; writes there too")
     add("--predict", nargs="*", metavar="FILE", help="only print the best classes; after -- if a name begins with -")
     add("--features", metavar="FILE", default="", help="only write the mean-pooled features of --data, an .npz file")
-    add("--export", metavar="FOLDER", default="", help="only write the run in --out in Hugging Face's layout")
-    add("--best", action=flag, default=False, help="--eval, --predict, --export: best.pt instead of checkpoint.pt")
+    add("--best", action=flag, default=False, help="--eval, --predict: best.pt instead of checkpoint.pt")
     add("--init", help="weights: a run of pretrain.py, a file of this project, VideoMAE or Hugging Face, or none")
     add("--names", metavar="FILE", default="", help="names of the classes of a list, one per line, label 0 first")
     add("--val-every", type=cmaev.WHOLE, default=5, help="epochs between one-view tests, which choose best.pt; 0: none")
@@ -467,7 +465,7 @@ def read_settings():
         s.predict += files
         if not s.predict:
             raise cmaev.CMAEVError("--predict: name one or more videos; after -- if a name begins with -")
-    if s.eval or s.predict or s.export:
+    if s.eval or s.predict:
         record, _ = read_record(s.out, s.best, cmaev.flag(s, "out"))
         for name in record["settings"].keys() - by_hand - MACHINE - {"out"}:
             setattr(s, name, record["settings"][name])
@@ -516,9 +514,6 @@ def main():
 
     if record:
         model = load(run, s.best, s).to(device)
-        if s.export:
-            cmaev.save_hugging_face(s.export, model.encoder, head=model.head_state(), names=model.names)
-            return cmaev.print0(f"{s.export}: for VideoMAEForVideoClassification.from_pretrained of transformers")
         if s.predict:
             return predict(model, s.predict)
         tests = read_test_videos(s.val, model.names, record["class_folders"]) if s.val else record["held_out"]
@@ -575,7 +570,6 @@ def main():
     if s.compile:
         parallel = torch.compile(parallel)
     one_view = LabelledClips(tests, s.frames, s.rate, s.size, s.sampling)
-    board = cmaev.summary_writer(run, start) if s.tensorboard and cmaev.this_rank() == 0 else None
     received = cmaev.notice_signals()
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
         len(videos), s.batch_size, steps, s.seed, start, parts)), device)
@@ -613,7 +607,7 @@ def main():
                     cmaev.save_checkpoint(run, done, dict(model=model), "best.pt")
                 model.train()
                 meter.began = time.perf_counter()
-            cmaev.write_log(run, record, steps, text, board)
+            cmaev.write_log(run, record, steps, text)
             if save and not stop:
                 cmaev.save_checkpoint(run, done, state)
             if stop:

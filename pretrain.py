@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import cmaev  # before torch: it sets how OpenMP's threads wait
+from tools import demo_videos
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -33,7 +34,7 @@ RECIPES = {
     "k400": dict(out="runs/pretrain-k400"),
     "ssv2": dict(out="runs/pretrain-ssv2", rate=2, max_shift=4),
 }
-FREE = {"compile", "workers", "micro_batch", "tensorboard", "log_every", "save_every", "picture_every", "val",
+FREE = {"compile", "workers", "micro_batch", "log_every", "save_every", "picture_every", "val",
         "bad_share", "overridden"}  # may change when a run continues
 
 
@@ -74,7 +75,6 @@ def add_shared_settings(parser):
         help="auto: bf16 if the device is fast at it, else fp16 (GPU) or none (CPU)")
     add("--compile", action=flag, default=False, help="torch.compile")
     add("--workers", type=cmaev.WHOLE, help="decoding processes per rank; on a GPU one per core, at most 16, else 2")
-    add("--tensorboard", action=flag, default=False, help="also writes the log for TensorBoard")
     add("--log-every", type=cmaev.COUNT, default=20, help="steps per log line")
     add("--save-every", type=cmaev.COUNT, default=1000, help="steps per checkpoint, saved at the next log line")
 
@@ -102,7 +102,7 @@ def read_videos(s):
     """--data, --subset -> read_list's videos. Raises CMAEVError where they do not fill a step."""
     if s.data == DEMO and not os.path.exists(DEMO) and cmaev.this_rank() == 0:
         cmaev.print0("making the demo's videos in data/demo")
-        cmaev.make_demo(Path(DEMO).parent)
+        demo_videos.make_demo(Path(DEMO).parent)
     cmaev.objects_of_ranks(None)  # the other ranks wait for the videos
     cmaev.check_paths(s, "data", "val", "init")
     if s.batch_size < 2:
@@ -132,10 +132,10 @@ def build(s, device):
     dtype = cmaev.amp_dtype(s.amp, device)
     scaler = cmaev.grad_scaler(dtype, device)
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if cmaev.world_size() > 1 else model
+    two_features = torch.compile(features) if s.compile else features
     normalize, augment, parts = cmaev.normalize, cmaev.augment_colors, cmaev.micro_batches(s, s.repeats)
     if s.compile:
         parallel, normalize, augment = map(torch.compile, (parallel, normalize, augment))
-        model.features = torch.compile(model.features)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
 
     def views(batch):
@@ -154,11 +154,65 @@ def build(s, device):
             replaced = batch["replaced"].sum()
         else:
             batches = (next(feed) for _ in range(parts))
-            losses, replaced = cmaev.backward_in_parts(model, parallel, batches, views, scaler, autocast)
+            losses, replaced = backward_in_parts(model, parallel, two_features, batches, views, scaler, autocast)
         grad_norm = cmaev.optimizer_step(model.parameters(), optimizer, scaler, dtype, s.clip_grad)
         model.update_target(s.momentum)
         return losses, grad_norm, replaced
     return model, optimizer, scaler, train_step
+
+
+@torch.no_grad()
+def features(model, online, target, mask):
+    """Equations 1 to 3 without gradient -> features [B, D] of the online and the target view."""
+    model.encoder.check(online, mask)
+    visible, _ = cmaev.visible_and_masked(mask, online.device)
+    return model.encoder(online, visible).mean(dim=1), model.target_encoder(target).mean(dim=1)
+
+
+def backward_in_parts(model, parallel, features, parts, views, scaler, autocast):
+    """Backward pass of a batch in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
+
+    `parallel`: the model or its DDP wrapper; `features`: see above; `parts`: the loader's dicts; views(part): the arguments
+    of `parallel`.
+    Gradient accumulation gives another gradient, since InfoNCE and the heads' batch norm couple all clips. But L_c sees
+    the encoder only through the features f of the clips. Let g be the gradient of lambda_c L_c with respect to f. Then
+    <f, g> has the same gradient with respect to the encoder, and it is a sum over clips. The cost: the encoder runs
+    twice on its visible tokens.
+    """
+    kept, kept_features, replaced = [], [], 0
+    for part in parts:  # 1. the features of all micro-batches, without gradient
+        if model.contrast_weight:
+            online, target, mask, video = views(part)
+            with autocast():
+                kept_features.append((*features(model, online, target, mask), video))
+        replaced += part["replaced"].sum()
+        kept.append({name: part[name] for name in ("online", "mask")})
+
+    logged = {}
+    if model.contrast_weight:  # 2. g, from the whole batch
+        f, target_feature, video = map(torch.cat, zip(*kept_features))
+        f = f.float().requires_grad_()
+        with autocast():
+            logged["contrast"], logged["accuracy"] = model.contrast(f, target_feature, video)
+            loss = scaler.scale(model.contrast_weight * logged["contrast"])
+        g = torch.autograd.grad(loss, f)[0] / scaler.scale(torch.ones_like(loss))
+
+    reconstruction = 0
+    for i, part in enumerate(kept):  # 3. each micro-batch again, with gradient
+        last, batch, clips = i == len(kept) - 1, len(part["mask"]), views(part)
+        with cmaev.synchronised(parallel, last):
+            with autocast():
+                losses = parallel(*clips)  # without a target: the reconstruction alone
+                loss = losses["loss"] / len(kept)
+                reconstruction = reconstruction + loss.detach()
+                if model.contrast_weight and last:  # L_c itself: gives the heads their gradient too
+                    f = torch.cat([f.detach()[:-batch], losses["feature"].float()])
+                    loss = loss + model.contrast_weight * model.contrast(f, target_feature, video)[0]
+                elif model.contrast_weight:
+                    loss = loss + (losses["feature"] * g[i * batch:(i + 1) * batch]).sum()
+            scaler.scale(loss).backward()
+    losses = losses | logged | dict(reconstruction=reconstruction)
+    return losses | dict(loss=reconstruction + model.contrast_weight * losses["contrast"]), replaced
 
 
 def main():
@@ -190,7 +244,6 @@ def main():
         cmaev.print0(f"warning: only {visible} of {tubes} tubes are visible (in the paper 20 of 196), a harder task: "
                      "give a smaller --patch, a larger --size or a lower --mask-ratio")
 
-    board = cmaev.summary_writer(run, start) if s.tensorboard and cmaev.this_rank() == 0 else None
 
     def save_run(step):
         if cmaev.this_rank() == 0:
@@ -217,12 +270,10 @@ def main():
             if save and s.val:
                 record["held_out_reconstruction"] = held_out_reconstruction(model, held_out, s, device)
                 text += f"  held-out reconstruction {record['held_out_reconstruction']:.4f}"
-            cmaev.write_log(run, record, steps, text, board)
+            cmaev.write_log(run, record, steps, text)
             if show and s.picture_every and cmaev.this_rank() == 0:
                 drawn = picture(model, clips, device)
                 cmaev.write_png(drawn, run / f"reconstruction-{done:06d}.png")
-                if board:
-                    board.add_image("reconstruction", drawn, done)
             meter.began = time.perf_counter()
             if save and not stop:
                 save_run(done)

@@ -55,7 +55,8 @@ from torchvision.io import write_jpeg
 import cmaev
 import finetune
 import pretrain
-from experiments import benchmark, lists
+from experiments import benchmark
+from tools import demo_videos, export, lists, one_clip
 
 HERE = Path(__file__).parent
 on_gpu = pytest.mark.skipif(not GPU, reason="wants a GPU: GPU=1 pytest -k gpu")
@@ -203,7 +204,7 @@ def backward_in_parts(model, batch, count, parallel=None, scaler=None, autocast=
     names = "online", "target", "mask", "video"
     parts = [dict(zip(names, part), replaced=torch.zeros(len(part[0]), dtype=torch.bool))
              for part in zip(*(x.chunk(count) for x in batch))]
-    return cmaev.backward_in_parts(model, parallel or model, iter(parts), lambda part: [part.get(x) for x in names],
+    return pretrain.backward_in_parts(model, parallel or model, pretrain.features, iter(parts), lambda part: [part.get(x) for x in names],
                                    scaler or cmaev.grad_scaler(None, torch.device("cpu")), autocast)[0]
 
 
@@ -349,7 +350,7 @@ def usage(process="self"):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "demo"
-    cmaev.make_demo(folder, train=40, val=10)
+    demo_videos.make_demo(folder, train=40, val=10)
     return folder
 
 
@@ -658,8 +659,8 @@ def test_calls_that_cannot_work_say_what_is_expected(demo):
             lambda: cmaev.PretrainClips(demo, (2, 4, 4)): "give read_list(path)",
             lambda: finetune.LabelledClips([demo], 4, 4, 32, "dense"): "give read_list(path)",
             lambda: finetune.LabelledClips([], 4, 4, 32, "often"): "give 'dense' or 'uniform'",
-            lambda: cmaev.make_demo(demo.parent / "new", "typo"): "choose from scenes, motions, looks",
-            lambda: cmaev.make_demo(demo): f"{demo} is not empty",
+            lambda: demo_videos.make_demo(demo.parent / "new", "typo"): "choose from scenes, motions, looks",
+            lambda: demo_videos.make_demo(demo): f"{demo} is not empty",
             lambda: model(online, target, mask[:, 1:]): "bool [B, N]",
             lambda: model(online, target, mask.float()): "bool [B, N]",
             lambda: convvit(torch.randn(1, 3, 4, 32, 48), no_tubes): "masked at every time step",
@@ -1285,7 +1286,7 @@ def test_folders_as_people_have_them(tmp_path, capsys):
     assert finetune.class_names(videos[:-1], tmp_path) == ["a", "b", "c"]
 
 
-def run_experiment(monkeypatch, script, *arguments):
+def run_tool(monkeypatch, script, *arguments):
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
     try:
         cmaev.run_script(script.main)
@@ -1303,7 +1304,7 @@ def test_lists_of_kinetics(tmp_path, monkeypatch, capsys):
     (tmp_path / "other.csv").write_text("path label\n")
     files = [tmp_path / f"{name}.csv" for name in ("train", "val", "test")]
     usual = "--videos", tmp_path / "videos", "--out", tmp_path / "out"
-    assert run_experiment(monkeypatch, lists, *files, *usual) is None
+    assert run_tool(monkeypatch, lists, *files, *usual) is None
     assert "train.txt: 1 videos; 1 entries of" in (output := capsys.readouterr().out) and "gone_000001_000011" in output
     root = str(tmp_path / "videos")
     assert [cmaev.read_list(tmp_path / "out" / f"{file.stem}.txt") for file in files] == [
@@ -1312,7 +1313,7 @@ def test_lists_of_kinetics(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "names.txt").read_text() == "abseiling\nzumba, slow\n"
     for arguments, words in (((tmp_path / "other.csv", *usual), "is not a Kinetics CSV"), (
             (files[0], "--videos", tmp_path / "out", "--out", tmp_path), "has no video of")):
-        end = run_experiment(monkeypatch, lists, *arguments)
+        end = run_tool(monkeypatch, lists, *arguments)
         assert end.startswith("error: ") and words in end and "\n" not in end
 
 
@@ -1324,25 +1325,25 @@ def test_lists_of_something_something(tmp_path, monkeypatch, capsys):
     (tmp_path / "train.json").write_text(json.dumps(rows))
     (tmp_path / "labels.json").write_text(json.dumps({"Moving something up": "0", "Dropping something": "1"}))
     command = [tmp_path / "train.json", "--videos", tmp_path / "videos", "--out", tmp_path / "out", "--labels"]
-    assert run_experiment(monkeypatch, lists, *command, tmp_path / "labels.json") is None
+    assert run_tool(monkeypatch, lists, *command, tmp_path / "labels.json") is None
     assert cmaev.read_list(tmp_path / "out" / "train.txt") == [
         (str(tmp_path / "videos/1.webm"), 0), (str(tmp_path / "videos/22.webm"), 1)]
     assert (tmp_path / "out" / "names.txt").read_text() == "Moving something up\nDropping something\n"
     (tmp_path / "labels.json").write_text(json.dumps({"Moving something up": "0"}))
-    end = run_experiment(monkeypatch, lists, *command, tmp_path / "labels.json")
+    end = run_tool(monkeypatch, lists, *command, tmp_path / "labels.json")
     assert end == f"error: {tmp_path}/labels.json has no 'Dropping something'"
 
 
 def test_curves_of_runs(undisturbed, tuned, tmp_path, monkeypatch):
     """One colour per run, also in panels that only one of them has."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    from experiments import curves
+    from tools import curves
     monkeypatch.chdir(tmp_path)
-    assert run_experiment(monkeypatch, curves, undisturbed, tuned) is None
+    assert run_tool(monkeypatch, curves, undisturbed, tuned) is None
     assert torchvision.io.decode_image("curves.png").shape[2] > 4 * 4 * 80  # five panels
     colors = {(line.get_label(), line.get_color()) for ax in pyplot.gcf().axes for line in ax.lines}
     assert colors == {("undisturbed", "C0"), ("tuned", "C1")}
-    assert "holds no log" in run_experiment(monkeypatch, curves, undisturbed, tmp_path)
+    assert "holds no log" in run_tool(monkeypatch, curves, undisturbed, tmp_path)
 
 
 # 8  Weights ----------------------------------------------------------------------------------------------------------
@@ -1557,11 +1558,11 @@ def test_hugging_faces_layout_is_read_back(tmp_path):
     model, tuned = tiny_model(contrast_weight=0)[0], classifier()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    cmaev.save_encoder(model.encoder, tmp_path / "base", layout="huggingface", decoder=model.decoder)
+    export.save_hugging_face(tmp_path / "base", model.encoder, model.decoder)
     encoder = cmaev.load_encoder(tmp_path / "base")
     decoder = cmaev.PixelDecoder(encoder)
     cmaev.load_encoder(tmp_path / "base", encoder, decoder)
-    cmaev.save_hugging_face(tmp_path / "tuned", tuned.encoder, head=tuned.head_state(), names=tuned.names)
+    export.save_hugging_face(tmp_path / "tuned", tuned.encoder, head=tuned.head_state(), names=tuned.names)
     state, _ = cmaev.read_weights(tmp_path / "tuned")
     expected = {name.removeprefix("encoder."): value for name, value in tuned.state_dict().items()}
     for read, written in ((encoder.state_dict(), model.encoder.state_dict()), (state, expected),
@@ -1575,7 +1576,7 @@ def test_hugging_faces_layout_is_read_back(tmp_path):
     config = json.loads((tmp_path / "tuned" / "config.json").read_text())
     assert config["id2label"] == {"0": "class 0", "1": "class 1", "2": "class 2"} and config["image_size"] == 32
     with pytest.raises(cmaev.CMAEVError, match="has no ConvViT"):
-        cmaev.save_encoder(small_encoder("convvit"), tmp_path / "convvit", layout="huggingface")
+        export.save_hugging_face(tmp_path / "convvit", small_encoder("convvit"))
 
 
 def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
@@ -1590,9 +1591,9 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         print(f"{what}: largest difference {(a - b).abs().max():.1e}, largest value {b.abs().max():.2f}")
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     load = lambda kind: getattr(transformers, kind).from_pretrained(tmp_path / kind).eval()
-    cmaev.save_encoder(model.encoder, tmp_path / "VideoMAEModel", layout="huggingface")
-    cmaev.save_encoder(model.encoder, tmp_path / "VideoMAEForPreTraining", "huggingface", model.decoder)
-    cmaev.save_hugging_face(tmp_path / "VideoMAEForVideoClassification", tuned.encoder, head=tuned.head_state(),
+    export.save_hugging_face(tmp_path / "VideoMAEModel", model.encoder)
+    export.save_hugging_face(tmp_path / "VideoMAEForPreTraining", model.encoder, model.decoder)
+    export.save_hugging_face(tmp_path / "VideoMAEForVideoClassification", tuned.encoder, head=tuned.head_state(),
                             names=tuned.names)
     with torch.no_grad():
         same("tokens", load("VideoMAEModel")(frames).last_hidden_state, model.encoder(online))
@@ -1916,9 +1917,9 @@ def test_openmp_threads_wait_passively(tmp_path):
 
 def test_demo_classes_differ_in_motion():
     """With the same random draws, all classes have the same middle frame and differ in the motion around it."""
-    middle, span, moves = cmaev.DEMO_FRAMES // 2, range(8, 41), {}
-    for label, name in enumerate(cmaev.DEMO_CLASSES):
-        video = np.stack(list(cmaev.demo_video(label, np.random.default_rng(3), "motions"))).astype(int)
+    middle, span, moves = demo_videos.DEMO_FRAMES // 2, range(8, 41), {}
+    for label, name in enumerate(demo_videos.DEMO_CLASSES):
+        video = np.stack(list(demo_videos.demo_video(label, np.random.default_rng(3), "motions"))).astype(int)
         still = video[middle] if label == 0 else still
         assert np.array_equal(video[middle], still)
         lit = [np.argwhere(frame.sum(axis=-1) > 0.6 * still.sum(axis=-1).max()) for frame in video]
@@ -1939,29 +1940,29 @@ def test_demo_classes_differ_in_motion():
 @pytest.mark.parametrize("kind, per_pair, in_all", [("scenes", 24, 120), ("motions", 8, 8), ("looks", 250, 1250)])
 def test_demo_looks_tell_what_they_should(monkeypatch, kind, per_pair, in_all):
     """Backgrounds and shapes of 250 videos of each pair of classes."""
-    drawn, demo_texture, signed_distance = [], cmaev.demo_texture, cmaev.signed_distance
-    monkeypatch.setattr(cmaev, "demo_texture", lambda rng, lengths, bases: drawn.append(
+    drawn, demo_texture, signed_distance = [], demo_videos.demo_texture, demo_videos.signed_distance
+    monkeypatch.setattr(demo_videos, "demo_texture", lambda rng, lengths, bases: drawn.append(
         tuple(demo_texture(np.random.default_rng(rng.integers(2**40)), lengths, bases)(np.zeros(2)))) or (
             lambda points: np.zeros((*points.shape[:-1], 3))))
-    monkeypatch.setattr(cmaev, "signed_distance", lambda shape, points: drawn.append(shape) or signed_distance(
+    monkeypatch.setattr(demo_videos, "signed_distance", lambda shape, points: drawn.append(shape) or signed_distance(
         shape, points))
     looks = {}
     for i in range(1250):
         drawn.clear()
-        next(cmaev.demo_video(i % 10, np.random.default_rng(i), kind))
+        next(demo_videos.demo_video(i % 10, np.random.default_rng(i), kind))
         looks.setdefault(i % 10 // 2, set()).add((drawn[0], drawn[-1]))  # background, shape
     assert [len(group) for group in looks.values()] == 5 * [per_pair] and len(set.union(*looks.values())) == in_all
     shapes = [{shape for _, shape in group} for group in looks.values()]
     assert all(len(group) == 1 for group in shapes) == (kind == "scenes")
-    assert set.union(*shapes) <= set(cmaev.DEMO_SHAPES)
+    assert set.union(*shapes) <= set(demo_videos.DEMO_SHAPES)
 
 
 def test_demo_is_a_pure_function(demo):
     videos = cmaev.read_list(demo / "train.txt")
     assert [label for _, label in videos] == [i % 10 for i in range(40)]
     for i, (path, label) in enumerate(videos[:6]):  # the same file, however fast its frames come
-        frames = list(cmaev.demo_video(label, np.random.default_rng((0, 0, i)), "motions"))
-        cmaev.write_video(demo.parent / "again.mp4", frames)
+        frames = list(demo_videos.demo_video(label, np.random.default_rng((0, 0, i)), "motions"))
+        demo_videos.write_video(demo.parent / "again.mp4", frames)
         assert (demo.parent / "again.mp4").read_bytes() == Path(path).read_bytes()
         assert np.abs(decode_all(path) - np.stack(frames).astype(float)).mean() < 12  # H.264's losses
 
@@ -2006,7 +2007,7 @@ def test_one_clip_through_the_method(demo, undisturbed, tuned, tmp_path, monkeyp
     def end_of(*arguments):
         monkeypatch.setattr(sys, "argv", ["cmaev.py", *map(str, arguments)])
         try:
-            cmaev.run_script(cmaev.main)
+            cmaev.run_script(one_clip.main)
         except SystemExit as end:
             return str(end)
     assert end_of(path, undisturbed) is None
@@ -2031,23 +2032,22 @@ def test_one_clip_through_the_method(demo, undisturbed, tuned, tmp_path, monkeyp
         assert end.startswith("error: ") and words in end and "\n" not in end
 
 
-def test_tensorboard(demo, tmp_path):
-    """Scalars and pictures of the log; what an interrupted run wrote after its checkpoint disappears."""
+def test_tensorboard(undisturbed, monkeypatch):
+    """Scalars and pictures of a run's log."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    command = pretraining(demo, tmp_path, "--tensorboard", "--picture-every", 10)
-    assert run(pretrain, *command) is None
-    events = EventAccumulator(str(tmp_path))
+    from tools import tensorboard
+    assert run_tool(monkeypatch, tensorboard, undisturbed, "--once") is None
+    events = EventAccumulator(str(undisturbed))
     events.Reload()
     losses = [(event.step, event.value) for event in events.Scalars("reconstruction")]
-    assert losses == [(line["step"], pytest.approx(line["reconstruction"])) for line in cmaev.read_log(tmp_path)]
-    assert [image.step for image in events.Images("reconstruction")] == [12, 20]
+    assert losses == [(line["step"], pytest.approx(line["reconstruction"])) for line in cmaev.read_log(undisturbed)]
 
 
 def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     """`python pretrain.py` at its smallest: makes the videos, trains, writes all its files, reports a finished run."""
-    make_demo, folder = cmaev.make_demo, Path("runs/pretrain-demo")
-    monkeypatch.setattr(cmaev, "make_demo", lambda folder: make_demo(folder, train=20, val=10))
+    make_demo, folder = demo_videos.make_demo, Path("runs/pretrain-demo")
+    monkeypatch.setattr(demo_videos, "make_demo", lambda folder: make_demo(folder, train=20, val=10))
     monkeypatch.setattr(cmaev, "progress", functools.partial(cmaev.progress, every=0))
     monkeypatch.chdir(tmp_path)
     command = "--epochs 2 --warmup-epochs 1 --subset 16 --batch-size 8 --log-every 3 --repeats 2".split()
@@ -2211,7 +2211,7 @@ def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys, mon
     report = (tuned / "predictions.csv").read_text()
     rows = [row.split(",") for row in report.splitlines()[1:]]
     assert len(rows) == 10 and dict(cmaev.read_list(demo / "train.txt")).items() >= {
-        (path, cmaev.DEMO_CLASSES.index(label)) for path, label, *_ in rows}
+        (path, demo_videos.DEMO_CLASSES.index(label)) for path, label, *_ in rows}
 
     def output_of(*arguments):
         assert run(finetune, *arguments) is None
@@ -2265,7 +2265,7 @@ def test_names_from_a_file(demo, tmp_path, capsys):
     listed, names = write_list(tmp_path / "list.txt", videos), tmp_path / "names.txt"
     command = finetuning(demo, tmp_path / "run", "--data", listed, "--names", names, "--epochs", 2, "--init", "none",
                          "--val-every", 0)
-    names.write_text("\n".join(f"Bewegung nach {name}, größer" for name in cmaev.DEMO_CLASSES[:5]), encoding="utf-8")
+    names.write_text("\n".join(f"Bewegung nach {name}, größer" for name in demo_videos.DEMO_CLASSES[:5]), encoding="utf-8")
     assert "has 5 names, but" in run(finetune, *command)
     assert "lost.txt: no such file: give a text file" in run(finetune, *command, "--names", "lost.txt")
     for content, number in ((b"a\ncaf\xe9\n", 2), ("a\nb".encode("utf-16"), 1), (b"a\r\nb\r\na\r\n", 3),
@@ -2273,7 +2273,7 @@ def test_names_from_a_file(demo, tmp_path, capsys):
         names.write_bytes(content)
         end = run(finetune, *command)
         assert f"names.txt, line {number}: " in end and "is empty, not UTF-8, or there twice" in end and "\n" not in end
-    text = "\n".join(f"Bewegung nach {name}, größer" for name in cmaev.DEMO_CLASSES)
+    text = "\n".join(f"Bewegung nach {name}, größer" for name in demo_videos.DEMO_CLASSES)
     names.write_text(text + "\n\n", encoding="utf-8-sig")
     assert finetune.class_names(videos, listed, names)[0] == "Bewegung nach left, größer"
     assert run(finetune, *command) is None and not (tmp_path / "run" / "best.pt").exists()
@@ -2307,8 +2307,8 @@ def test_features_are_the_encoders(demo, undisturbed, tmp_path, capsys, monkeypa
     assert "features of" not in capsys.readouterr().out
 
 
-def test_export_of_a_run(tuned, tmp_path):
-    assert run(finetune, "--out", tuned, "--export", tmp_path / "folder") is None
+def test_export_of_a_run(tuned, tmp_path, monkeypatch):
+    assert run_tool(monkeypatch, export, tuned, tmp_path / "folder") is None
     state, model = cmaev.read_weights(tmp_path / "folder")[0], finetune.load(tuned)
     assert torch.equal(state["head.weight"], model.head.weight) and len(state) == len(model.state_dict())
     config = json.loads((tmp_path / "folder" / "config.json").read_text())

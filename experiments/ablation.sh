@@ -89,7 +89,7 @@ mkdir -p runs
 rows | grep -E "${2:-.}" > runs/rows.txt
 for set in scenes motions looks; do
     if grep -q "^$set " runs/rows.txt && [[ ! -e data/$set ]]; then
-        python -c "import cmaev; cmaev.make_demo('data/$set', '$set', 1000, 500, seed=1)"
+        python -m tools.demo_videos "data/$set" --kind "$set" --train 1000 --val 500 --seed 1
     fi
 done
 xargs -L 1 -P $PROCESSES bash -c 'row "$@"' _ < runs/rows.txt

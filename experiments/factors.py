@@ -14,6 +14,7 @@ from argparse import Namespace
 
 import cmaev
 import finetune
+from tools.demo_videos import DEMO_CLASSES
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ for run in runs:
     share = torch.linalg.svdvals(train - train.mean(dim=0)) ** 2
     share /= share.sum()
     rank = (-(share * share.log()).sum()).exp()
-    scores = finetune.linear_probe(train, labels[0], val, len(cmaev.DEMO_CLASSES))
+    scores = finetune.linear_probe(train, labels[0], val, len(DEMO_CLASSES))
     linear, neighbour = ((found == labels[1]).float().mean() for found in (scores.argmax(dim=1), labels[0][nearest]))
     color, displacement = (1 - (of_train[nearest] - of_val).square().mean() / (2 * of_val.var(dim=0).mean())
                            for of_train, of_val in (colors, displacements))

@@ -12,6 +12,8 @@ import argparse
 from pathlib import Path
 
 import cmaev
+from tools.demo_videos import write_video
+
 import torch
 from torchvision.transforms import v2
 
@@ -40,7 +42,7 @@ def main():
             continue
         height, width = (2 * round(48 * side / min(frames.shape[2:])) for side in frames.shape[2:])
         small = v2.functional.resize(frames, [height, width], antialias=True).movedim(1, -1)
-        cmaev.write_video(s.out / file, small.numpy(), rate=25)
+        write_video(s.out / file, small.numpy(), rate=25)
         lines.append(f"{file}\n")
         if gesture[clip] in names:
             labelled.append(f"{file} {names.index(gesture[clip])}\n")

@@ -1,6 +1,6 @@
 """Draws the logs of runs of pretrain.py or finetune.py, one curve per run (pip install matplotlib).
 
-    python -m experiments.curves runs/pretrain-demo runs/idea [--out curves.png]
+    python -m tools.curves runs/pretrain-demo runs/idea [--out curves.png]
 """
 
 import os
@@ -20,7 +20,7 @@ def main():
     try:
         import matplotlib
     except ImportError:
-        raise cmaev.CMAEVError("experiments.curves needs the package matplotlib: pip install it") from None
+        raise cmaev.CMAEVError("tools.curves needs the package matplotlib: pip install it") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

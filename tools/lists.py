@@ -1,7 +1,7 @@
 """Turns Kinetics' CSV files or Something-Something V2's JSON files into lists that the scripts read.
 
-    python -m experiments.lists --videos k400/videos --out k400 train.csv val.csv
-    python -m experiments.lists --videos ssv2/videos --out ssv2 --labels labels.json train.json validation.json
+    python -m tools.lists --videos k400/videos --out k400 train.csv val.csv
+    python -m tools.lists --videos ssv2/videos --out ssv2 --labels labels.json train.json validation.json
 
 Writes out/train.txt and so on, one `path label` per line, and out/names.txt, the classes' names, label 0 first. Give
 all files in one call: the classes of Kinetics are numbered in alphabetical order over all of them. Prints how many
