@@ -33,7 +33,6 @@ import time
 import warnings
 import zipfile
 from bisect import bisect_left, bisect_right
-from collections import deque
 from copy import deepcopy
 from datetime import timedelta
 from decimal import Decimal
@@ -999,15 +998,14 @@ def bad_video(path, what):
 class Video:
     """The sequence of frames that `ffmpeg -i path` shows.
 
-    `path`: a file, whose best video stream is read, or a folder of JPEG or PNG frames (see frame_files). If a file's
-    packets give a frame index that can be trusted, `read` seeks. Otherwise the file is decoded from the start, once per
-    opened file if its frames take at most MAX_KEPT bytes. If a read finds another number of frames than the index has,
-    it corrects the length and raises BadVideo: draw the indices again.
+    `path`: a file, whose best video stream is read, or a folder of JPEG or PNG frames (see frame_files). If a
+    file's packets give a frame index that can be trusted, `read` seeks. Otherwise the file is decoded from the
+    start, once per opened file if its frames take at most MAX_KEPT bytes. If a read finds another number of frames
+    than the index has, it corrects the length and raises BadVideo: draw the indices again.
     Raises BadVideo if the file cannot be opened, has no frames, or exceeds the limits above.
     """
 
     container = images = times = kept = matrix = None
-    crop = 0, 0, 0, 0
 
     def __init__(self, path):
         self.path, self.deadline = str(path), time.monotonic() + MAX_SECONDS
@@ -1016,7 +1014,7 @@ class Video:
                 self.images = frame_files(self.path)
                 self.length = len(self.images)
             else:
-                self._open(fflags="noparse")  # of indexed formats each packet is a frame: AV1's take half the time
+                self._open(fflags="noparse")  # indexed formats have a frame per packet: AV1 takes half the time
                 if not self._index_packets():
                     self._count_frames()
         if self.length == 0:
@@ -1032,9 +1030,9 @@ class Video:
         return self.length
 
     def read(self, indices):
-        """The frames at `indices` (integers in [0, len), in any order, repeats allowed) -> uint8 RGB [T, H, W, 3].
+        """The frames at `indices` (in [0, len), in any order, repeats allowed) -> uint8 RGB [T, H, W, 3].
 
-        Decodes each frame at most once, and rotates or flips it as the file's metadata says.
+        Decodes each frame at most once, and crops, rotates and flips it as the file says.
         """
         frames = self.frames(indices)
         return torch.stack([frames[int(i)] for i in indices])
@@ -1046,14 +1044,7 @@ class Video:
             raise BadVideo(f"{self.path}: has frames 0 to {self.length - 1}, asked for {wanted or 'none'}")
         self.deadline = time.monotonic() + MAX_SECONDS
         with bad_video(self.path, "decoded"):
-            read = self._read_images if self.images else self._seek_and_decode if self.times else self._decode_wanted
-            frames = dict(read(wanted))
-            if self.times and len(frames) < len(wanted):  # the index was wrong
-                promised = self.length
-                self._count_frames()
-                if self.length != promised:
-                    raise BadVideo(f"{self.path}: has {self.length} frames, not {promised} as in its index: draw again")
-                frames = dict(self._decode_wanted(wanted))
+            frames = self._read_images(wanted) if self.images else self._read_file(wanted)
         if len(frames) < len(wanted):
             raise BadVideo(f"{self.path}: frame {wanted[-1]} cannot be decoded: damaged?")
         if len({frame.shape for frame in frames.values()}) > 1:
@@ -1061,14 +1052,37 @@ class Video:
         return frames
 
     def _read_images(self, wanted):
+        frames = {}
         for i in wanted:
-            image = read_image(self.images[i])
-            self._check_size(image.shape[1], image.shape[0], len(wanted))
-            yield i, image
+            frames[i] = read_image(self.images[i])
+            self._check_size(frames[i].shape[1], frames[i].shape[0], len(wanted))
+        return frames
+
+    def _read_file(self, wanted):
+        self._check_size(*self.size, len(wanted))
+        if self.times:
+            frames, promised = self._read_by_seeking(wanted), self.length
+            if len(frames) == len(wanted):
+                return frames
+            self._count_frames()  # the index is wrong
+            if self.length != promised:
+                raise BadVideo(f"{self.path}: has {self.length} frames, not {promised} as in its index: "
+                               "draw again")
+            self._check_size(*self.size, len(wanted))
+        frames = {}
+        for i, frame in enumerate(self.kept or self._decode_from_start()):
+            if i == 0:
+                self.matrix = display_matrix(frame)
+            if i in wanted:
+                frames[i] = self._to_rgb(frame)
+            if i == wanted[-1]:
+                break
+        return frames
 
     def _check_size(self, width, height, count=1):
         if width * height > MAX_PIXELS or 3 * width * height * count > MAX_BYTES:
-            raise BadVideo(f"{self.path}: {count} frames of {width}x{height} pixels are too large: scale them down")
+            raise BadVideo(f"{self.path}: {count} frames of {width}x{height} pixels are too large: "
+                           "scale them down")
 
     def _open(self, **options):
         self._close()
@@ -1079,8 +1093,8 @@ class Video:
             self.container = av.open(f"file:{self.path}", container_options=options,
                                      timeout=MAX_SECONDS, **ANY_METADATA)
         except av.error.ArgumentError:
-            raise BadVideo(f"{self.path}: cannot be opened as a video: its format is not allowed: convert it to one of "
-                           f"{CONTAINERS}") from None
+            raise BadVideo(f"{self.path}: cannot be opened as a video: its format is not allowed: "
+                           f"convert it to one of {CONTAINERS}") from None
         self.stream = self.container.streams.best("video")
         self.codec = self.stream and self.stream.codec_context
         if self.codec is None:
@@ -1088,109 +1102,89 @@ class Video:
         self.size = self.codec.width, self.codec.height
         self._check_size(*self.size)
         self.codec.options = {"max_pixels": str(MAX_PIXELS)}  # also if the size changes later in the stream
-        self.codec.flags |= av.codec.context.Flags.unaligned  # cropped to the pixel, as by FFmpeg's command line
+        self.codec.flags |= av.codec.context.Flags.unaligned  # crop to the pixel, as FFmpeg's command line
         self.codec.thread_count = 1  # the loader's workers are the parallelism
-        self.crop = self._container_crop()
-
-    def _container_crop(self):
-        """The margins that mp4's clap box or Matroska's PixelCrop cut off: (left, right, top, bottom) in pixels.
-
-        PyAV has no name for them, but FFmpeg's description of the file names them.
-        """
-        level = av.logging.get_level()
-        av.logging.set_level(av.logging.INFO)  # else the description is empty
-        description = self.container.dumps_format()
-        av.logging.set_level(level)
-        of_stream = rf"Stream #0:{self.stream.index}\b(?:(?!Stream #).)*"
-        margins = re.search(of_stream + r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", description, re.DOTALL)
-        return [int(margin) for margin in margins.groups()] if margins else self.crop
+        self.margins = container_margins(self.container, self.stream.index)
 
     def _packets(self):
         for packet in self.container.demux(self.stream):
             if time.monotonic() > self.deadline:
-                raise BadVideo(f"{self.path}: takes more than {MAX_SECONDS} s to read: cut it, or put it into another "
-                               "container: ffmpeg -i old -c copy new.mp4")
+                raise BadVideo(f"{self.path}: takes more than {MAX_SECONDS} s to read: cut it, or put it into "
+                               "another container: ffmpeg -i old -c copy new.mp4")
             if packet.size:  # without the empty ones: AVI's dropped frames, and PyAV's final flush packet
                 yield packet
 
     def _index_packets(self):
-        """Indexes the times of frames and key frames without decoding. Returns True if the index can be trusted.
+        """Indexes the times of frames and key frames without decoding -> whether the index can be trusted.
 
-        Conditions [choice]: the format has a timestamp per frame and the codec a frame per packet, the first packet
-        is a key frame and the first frame (an IDR frame in H.264), times are distinct, decoding times rise (Matroska
-        may lack the first ones), B-frames reorder the two, no packet is damaged, and no message in the first packet
-        turns the whole video. Packets that an edit list discards are not shown.
+        Conditions [choice]: the format has a timestamp per frame and the codec a frame per packet; no packet is
+        damaged; the first packet is a key frame and the first frame; times are distinct; decoding times rise
+        (Matroska may lack some); B-frames reorder the two. Packets that an edit list discards are not shown.
         """
-        codec, packets, decoding = self.codec.codec.canonical_name, [], -math.inf
+        codec, packets = self.codec.codec.canonical_name, []
         if self.container.format.name.split(",")[0] not in INDEXED or codec not in ONE_TO_ONE:
             return False
         try:
             for packet in self._packets():
-                if packet.pts is None or packet.is_corrupt or packet.dts is not None and packet.dts <= decoding:
+                if packet.is_corrupt:
                     return False
-                decoding = decoding if packet.dts is None else packet.dts
-                if not packets and codec in SKIPPING and not self._begins_upright(bytes(packet)):
+                if not packets and codec in SKIPPING and not begins_plainly(packet, self.codec):
                     return False
-                packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
+                packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
         except av.error.FFmpegError:
             return False
-        times = [time for time, _, _ in packets]
-        dts_as_pts = self.codec.has_b_frames and times == sorted(times)  # B-frames would reorder presentation times
-        if dts_as_pts or len(set(times)) < len(times) or not times or times[0] > min(times) or not packets[0][1]:
+        times = [pts for pts, _, _, _ in packets]
+        decoding_times = [dts for _, dts, _, _ in packets if dts is not None]
+        if not times or None in times or len(set(times)) < len(times) or times[0] > min(times):
             return False
-        self.times = sorted(time for time, _, discard in packets if not discard)
-        self.keys = sorted(time for time, key, _ in packets if key)
+        if not packets[0][2] or any(b <= a for a, b in zip(decoding_times, decoding_times[1:])):
+            return False
+        if self.codec.has_b_frames and times == sorted(times):  # these are decoding times
+            return False
+        self.times = sorted(pts for pts, _, _, discarded in packets if not discarded)
+        self.keys = sorted(pts for pts, _, key, _ in packets if key)
         self.length = len(self.times)
         return self.length > 0
 
-    def _begins_upright(self, data):
-        """Whether a file's first packet, H.264 or HEVC, shows a frame that no message turns (see `matrix`).
+    def _read_by_seeking(self, wanted):
+        """The wanted frames, or fewer where a frame contradicts the index: {index: image}.
 
-        `data`: units after their lengths, as in mp4 and Matroska. In H.264 one must be an IDR slice (type 5): a file
-        that starts at a recovery point shows no frame for its first packets.
+        Frames that lie close together, or in one group of pictures, take one seek and one forward pass.
         """
-        h264, setup, at, kinds = self.codec.name == "h264", self.codec.extradata or b"", 0, set()
-        length_bytes = (setup[4 if h264 else 21] & 3) + 1 if len(setup) > 21 else 4
-        while at + length_bytes < len(data):
-            start, at = at + length_bytes, at + length_bytes + int.from_bytes(data[at:at + length_bytes], "big")
-            kind = data[start] & 31 if h264 else data[start] >> 1
-            kinds.add(kind)
-            if kind == (6 if h264 else 39) and b"\x2f\x03" in data[start:at]:  # SEI: display orientation, 3 bytes
-                return False
-        return 5 in kinds or not h264
-
-    def _seek_and_decode(self, wanted):
-        """Yields (index, image) of the wanted frames. Each run of them takes one seek and one forward pass.
-
-        Ends early if a frame contradicts the index: the first one after a seek must be the key frame, and the times
-        that follow must be in the index and rise.
-        """
-        position, asked, left = {t: i for i, t in enumerate(self.times)}, {self.times[i] for i in wanted}, deque(wanted)
-        key_before = lambda i: bisect_right(self.keys, self.times[i]) - 1
-        ends = [*self.keys[1:], self.times[-1]]
-        self._check_size(*self.size, len(wanted))
+        key_before = lambda i: self.keys[bisect_right(self.keys, self.times[i]) - 1]
+        passes = [wanted[:1]]
+        for i, following in zip(wanted, wanted[1:]):
+            if key_before(following) > self.times[min(i + 16, self.length - 1)]:  # 16: a decoder's delay
+                passes.append([])
+            passes[-1].append(following)
+        frames = {}
         with contextlib.suppress(av.error.FFmpegError):
-            while left:
-                number, last = key_before(left[0]), None
-                key = self.keys[number]
-                first = bisect_left(self.times, key)  # an edit list may discard the key frame itself
-                asked.add(self.times[first])
-                self.container.seek((key + ends[number]) // 2, stream=self.stream)  # mp4 searches decoding times
-                for frame in self._decode(asked):
-                    i = position.get(frame.pts, -1)
-                    if last is None:
-                        as_promised = i == first and (frame.key_frame or frame.pts != key)
-                    else:
-                        as_promised = last < i <= left[0]
-                    if not as_promised or (frame.width, frame.height) != self.size:
-                        return
-                    last = i
-                    if i == left[0]:
-                        yield left.popleft(), self._to_rgb(frame)
-                    if not left or self.keys[key_before(left[0])] > self.times[min(i + 16, self.length - 1)]:
-                        break  # seek if the wanted frame's key frame is over 16 frames ahead, the decoder's delay
-                else:
-                    return
+            for indices in passes:
+                frames |= self._seek_and_decode(indices, key_before(indices[0]))
+        return frames
+
+    def _seek_and_decode(self, indices, key):
+        """The frames at `indices`, by decoding from the key frame at time `key`: {index: image}.
+
+        Stops early if the first frame is not the key frame, or if later ones are not in the index or do not rise.
+        """
+        first = bisect_left(self.times, key)  # an edit list may discard the key frame itself
+        end = next(iter(self.keys[bisect_right(self.keys, key):]), self.times[-1])
+        frames, last, asked = {}, first - 1, {self.times[i] for i in (first, *indices)}
+        self.container.seek((key + end) // 2, stream=self.stream)  # mp4 searches decoding times
+        for frame in self._decode(asked):
+            i = bisect_left(self.times, frame.pts)
+            in_index = i < self.length and self.times[i] == frame.pts and i > last
+            if not in_index or (frame.width, frame.height) != self.size:
+                break
+            if last < first and (i > first or frame.pts == key and not frame.key_frame):
+                break
+            last = i
+            if i in indices:
+                frames[i] = self._to_rgb(frame)
+            if i >= indices[-1]:
+                break
+        return frames
 
     def _decode(self, asked):
         """Yields the frames from here to the end. Skips non-reference frames whose time is not in `asked`."""
@@ -1201,7 +1195,7 @@ class Video:
         yield from self.codec.decode(None)
 
     def _decode_from_start(self):
-        """Yields all frames as FFmpeg's command line does: it skips damaged frames; a truncated file just ends."""
+        """Yields all frames as FFmpeg's command line does: without damaged ones; a truncated file just ends."""
         self._open()
         packets, packet = self._packets(), self
         while packet is not None:
@@ -1214,38 +1208,62 @@ class Video:
     def _count_frames(self):
         """Counts the frames by decoding them, and keeps them unless they are too large."""
         self.times, self.kept, self.length, kept_bytes = None, [], 0, 0
-        for self.length, frame in enumerate(self._decode_from_start(), 1):
-            self.size = (frame.width, frame.height) if self.length == 1 else self.size
+        for frame in self._decode_from_start():
+            self.size = self.size if self.length else (frame.width, frame.height)
+            self.length += 1
             kept_bytes += sum(plane.buffer_size for plane in frame.planes)
             if kept_bytes <= MAX_KEPT:
                 self.kept.append(frame)
         if kept_bytes > MAX_KEPT:
             self.kept = None
 
-    def _decode_wanted(self, wanted):
-        self._check_size(*self.size, len(wanted))
-        for i, frame in enumerate(self._decode_from_start() if self.kept is None else self.kept):
-            if i == 0:
-                self.matrix = display_matrix(frame)
-            if i in wanted:
-                yield i, self._to_rgb(frame)
-            if i == wanted[-1]:
-                return
-
     def _to_rgb(self, frame):
         """A decoded frame -> uint8 RGB [H, W, 3], scaled to the first frame, cropped, upright.
 
         A display matrix of the first frame alone (H.264's message) holds for all.
         """
-        if frame.colorspace not in CONVERTED:  # as FFmpeg 5: BT.2020's matrix for its constant luminance, else BT.601's
+        if frame.colorspace not in CONVERTED:  # as FFmpeg 5: BT.2020's for its constant luminance, else BT.601's
             frame.colorspace = 9 if frame.colorspace == 10 else 2
         scale = {}
         if (frame.width, frame.height) != self.size:
             scale = dict(width=self.size[0], height=self.size[1], interpolation="BICUBIC")
         image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1, **scale))
-        left, right, top, bottom = self.crop
+        left, right, top, bottom = self.margins
         image = image[top:len(image) - bottom, left:image.shape[1] - right]
         return upright(image, display_matrix(frame) or self.matrix)
+
+
+def container_margins(container, index):
+    """The pixels that mp4's clap box or Matroska's PixelCrop cut off a stream: [left, right, top, bottom].
+
+    PyAV has no name for them, but FFmpeg's description of the file names them.
+    """
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)  # else the description is empty
+    description = container.dumps_format()
+    av.logging.set_level(level)
+    of_stream = rf"Stream #0:{index}\b(?:(?!Stream #).)*"
+    margins = re.search(of_stream + r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", description, re.DOTALL)
+    return [int(margin) for margin in margins.groups()] if margins else [0, 0, 0, 0]
+
+
+def begins_plainly(packet, codec):
+    """Whether the first packet of an H.264 or HEVC file shows a frame and has no message that turns the video.
+
+    Its units stand after their lengths, as in mp4 and Matroska. In H.264, one must be an IDR slice: a file that
+    starts at a recovery point shows no frame at first.
+    """
+    data, setup, h264 = bytes(packet), codec.extradata or b"", codec.codec.canonical_name == "h264"
+    length_bytes = (setup[4 if h264 else 21] & 3) + 1 if len(setup) > 21 else 4
+    at, types = length_bytes, set()
+    while at < len(data):
+        end = at + int.from_bytes(data[at - length_bytes:at], "big")
+        unit_type = data[at] & 31 if h264 else data[at] >> 1
+        if unit_type == (6 if h264 else 39) and b"\x2f\x03" in data[at:end]:  # SEI: display orientation, 3 bytes
+            return False
+        types.add(unit_type)
+        at = end + length_bytes
+    return 5 in types or not h264
 
 
 def display_matrix(frame):
