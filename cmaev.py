@@ -1259,7 +1259,7 @@ def begins_plainly(packet, codec):
     while at < len(data):
         end = at + int.from_bytes(data[at - length_bytes:at], "big")
         unit_type = data[at] & 31 if h264 else data[at] >> 1
-        if unit_type == (6 if h264 else 39) and b"\x2f\x03" in data[at:end]:  # SEI: display orientation, 3 bytes
+        if unit_type == (6 if h264 else 39) and re.search(rb"\x2f[\3-\7]", data[at:end]):  # SEI: display orientation
             return False
         types.add(unit_type)
         at = end + length_bytes
@@ -1315,8 +1315,10 @@ def frame_files(folder):
     color is taken. Raises BadVideo if there is no such group, or several, and for two files of one frame.
     """
     stems = {name: os.path.splitext(name)[0].lower() for name in os.listdir(folder) if is_image(name)}
-    groups = {}
+    groups, known = {}, set(stems.values())
     for name, stem in stems.items():
+        original = re.sub(r"[\s_-]*\(\d+\)$", "", stem)  # of img_1 (1): img_1
+        stem = original if original in known else stem
         around = re.sub(r"[\W_]+", " ", LAST_NUMBER.sub(r"\1 \2", stem)).strip()
         groups.setdefault(around if re.search("[^\\d ]", around) else "", []).append(name)
     names = list(stems)
@@ -1391,26 +1393,27 @@ def _read_folder(root):
     return [(path, label[parts[0]] if len(parts) > 1 else None) for path, parts in parts_of.items()]
 
 
-TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test", "testing", "eval")
+TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test", "testing", "eval", "dev")
 
 
 def split_folder(root):
     """A data set's parts in a folder -> the one to train on, the one to test on or ""; without parts root, "".
 
-    They are root/train and the first of root/val, root/test, ... that exists. Beside other folders they may be
-    classes: then both must exist and train must hold folders itself.
+    They are root/train and the first of root/val, root/test, ... that exists; train_256 is a train. Beside other
+    folders they may be classes: then both must exist and train must hold folders itself.
     """
     entries = [e for e in os.scandir(root) if e.is_dir()] if os.path.isdir(root) else []
-    folders = {e.name.lower(): e.path for e in entries if e.name not in HIDDEN and e.name[0] != "."}
+    entries = sorted((e.name.lower(), e.path) for e in entries if e.name not in HIDDEN and e.name[0] != ".")
+    folders = {re.split("[^a-z]", name)[0]: path for name, path in reversed(entries)}
     train, test = (next((folders[name] for name in names if name in folders), "") for names in (TRAIN, TEST))
-    others = folders.keys() - {*TRAIN, *TEST}
+    others = folders.keys() - {*TRAIN, *TEST} or len(entries) > len(folders)
     if not train or others and not (test and any(entry.is_dir() for entry in os.scandir(train))):
         return root, ""
     print0(f"{root} holds a data set's parts, not classes: {train} to train on, {test or 'none'} to test on")
     return train, test
 
 
-PATH_AND_NUMBER = re.compile(r"(.*[^\s,])[\s,]+(-?\d+)", re.DOTALL)
+PATH_AND_NUMBER = re.compile(r"(.*[^\s,])[\s,]+(-?\d{1,99})", re.DOTALL)
 
 
 def _readings(line):
@@ -1444,11 +1447,11 @@ def _read_list_file(path):
         readings = [(os.path.join(os.path.dirname(path), name), label) for name, label in _readings(line)]
         video = next((video for exists in (listed, os.path.exists) for video in readings if exists(video[0])), None)
         if video is None:
-            name, *word = re.split(r"[\s,]+(?=[^\s,]+$)", line)
+            name, *word = re.split(r"[\s,]+(?=[^\s,]+$)", readings[-1][0])  # without quotes
             reason = f"{readings[min(1, len(readings) - 1)][0]} does not exist"
-            if word and len(readings) == 1 and os.path.exists(os.path.join(os.path.dirname(path), name)):
-                reason = f"label {word[0]!r} is not an integer"
-            elif not videos and not re.search(r"[\d./]", line):
+            if word and readings[-1][1] is None and os.path.exists(name):
+                reason = f"label {word[0]!r:.99} is not an integer"
+            elif not videos and not re.search(r"[./]|\b\d+\b", line):
                 reason += "; it looks like a header"
             raise CMAEVError(f"{path}, line {number}: {reason}: correct the line or take it out")
         videos.append(video)
@@ -1581,7 +1584,7 @@ def read_weights(path):
             reason = type(error).__name__ if code is None else (
                 f"it holds a {code[1]}, which could run code: if you trust it, save only its state dict")
             raise CMAEVError(f"{file} cannot be read as weights ({reason}): give {WEIGHTS}") from None
-        state |= {name: value for name, value in part.items() if torch.is_tensor(value)}
+        state |= {str(name): value for name, value in part.items() if torch.is_tensor(value)}
     if not state:
         raise CMAEVError(f"{path} holds no tensors: give {WEIGHTS}")
     return convert_keys(state), about_file(Path(path), geometry)

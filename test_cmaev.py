@@ -386,7 +386,7 @@ def wrong(tmp_path_factory):
                        "large.txt": "good.mp4 7\n", "gap.txt": good + "good.mp4 2\n", "none.txt": "good.mp4\n",
                        "late.txt": good + 7 * audio, "huge.txt": f"{good}good.mp4 {10**20}\n"}.items():
         (folder / name).write_text(text)
-    for name, content in {"other": {"model": {"a": torch.ones(1)}}, "no-tensors": {"model": {}, "epoch": 3},
+    for name, content in {"other": {"model": {"a": torch.ones(1), 1: torch.ones(1)}}, "no-tensors": {"model": {}, "epoch": 3},
                           "tensor": torch.ones(1)}.items():
         torch.save(content, folder / f"{name}.pt")
     np.savez(folder / "array.npz", np.ones(1))
@@ -1097,6 +1097,18 @@ def test_orientation_and_margins_that_the_stream_asks_for(tmp_path, suffix):
             assert np.array_equal(video.read(indices), expected[list(indices)]), bits
 
 
+def test_a_longer_orientation_message(tmp_path):
+    """Of 4 bytes, as it repeats every 15 frames; written by hand (H.264, D.1.26) into x264's text about itself."""
+    path = write_noise(tmp_path / "v.mp4", g="12")
+    data, expected = path.read_bytes(), np.rot90(decode_all(path), 1, (1, 2))
+    start = data.index(b"\x06\x05\xff") + 1
+    end = next(i for i in range(start + 1, start + 9) if data[i] != 255)
+    message = b"\x2f\x04\x08\x00\x01\x04" + data[start:end] + bytes([data[end] - 6]) + data[end + 7:]
+    path.write_bytes(data[:start] + message)
+    for indices in ([50], range(60)):
+        assert np.array_equal(cmaev.Video(path).read(indices), expected[list(indices)])
+
+
 def test_margins_that_the_container_asks_for(tmp_path):
     """mp4's clap box (ISO 14496-12) written by hand: 40 x 32 pixels, 4 right of and 2 above the middle; Matroska's."""
     data, path = write_noise(tmp_path / "v.mp4", g="12").read_bytes(), tmp_path / "clap.mp4"
@@ -1176,6 +1188,7 @@ def test_names_of_frames(tmp_path):
              "frame1 rgb1 x1": "3 groups (frame1.jpg, rgb1.jpg, x1.jpg)",
              "0.0 0.04 0.2 0.16 1": "0.0 0.04 0.16 0.2 1", "1.1 1.10": "the same frame", "1 01": "the same frame",
              "x x_(1) x_(2) x_(10)": "x x_(1) x_(2) x_(10)", "b a": "a b",
+             "img_2 img_1_(1) img_1": "img_1 img_1_(1) img_2", "cam0_(1) cam1_(1)": "(cam0_(1).jpg, cam1_(1).jpg)",
              "1403636579763555584 1403636579763555585": "1403636579763555584 1403636579763555585",
              "cover 0001": "(0001.jpg, cover.jpg)",
              "2024-01-05-12 2024-01-06-11": "2024-01-05-12 2024-01-06-11", "Image3 image2": "image2 Image3",
@@ -1243,9 +1256,12 @@ def test_lists(tmp_path, encoding):
     (tmp_path / "list.csv").write_bytes("".join(f"{line}\r\n" for line in read).encode(encoding))
     expected = [(str(tmp_path / video[0]), video[1]) for video in read.values() if video]
     assert cmaev.read_list(tmp_path / "list.csv") == expected
-    (tmp_path / "list.csv").write_bytes("path,label\r\nb.mp4,1".encode(encoding))
-    with pytest.raises(cmaev.CMAEVError, match="line 1: .* looks like a header: .* take it out"):
-        cmaev.read_list(tmp_path / "list.csv")
+    for line, words in {"path,label": "looks like a header", "id_1\tclass_2": "looks like a header",
+                        '"b.mp4",3.0': "label '3.0' is not an integer", f"b.mp4 {10**100}": "is not an integer",
+                        '"c,5.mp4" 3': "c,5.mp4\" does not exist"}.items():
+        (tmp_path / "list.csv").write_bytes(f"{line}\r\nb.mp4,1".encode(encoding))
+        with pytest.raises(cmaev.CMAEVError, match=f"line 1: .*{words}: .* take it out"):
+            cmaev.read_list(tmp_path / "list.csv")
 
 
 def test_a_long_list_is_read_as_fast_as_a_plain_loop_but_for_a_factor(tmp_path, monkeypatch):
@@ -2180,6 +2196,7 @@ def test_classes_of_folders_and_lists(tmp_path):
 @pytest.mark.parametrize("names, train, test", [
     ("train/a/1.mp4 val/a/2.mp4", "train", "val"), ("Train/a/1.mp4 TEST/a/2.mp4 notes/x.txt", "Train", "TEST"),
     ("training/a/1.mp4 test/2.mp4 validation/a/2.mp4 list.txt", "training", "validation"),
+    ("train_256/a/1.mp4 val_256/a/1.mp4 train_320/x", "train_256", "val_256"), ("train/1.mp4 train_2/1.mp4", "", ""),
     ("train/1.mp4 val/2.mp4 __MACOSX/x", "train", "val"), ("train/a/1.mp4 .x/x", "train", ""),
     ("train/1.mp4 bus/1.mp4", "", ""), ("train/1.mp4 test/1.mp4 bus/2.mp4", "", ""), ("bus/1.mp4 test/1.mp4", "", "")])
 def test_parts_of_a_data_set_in_one_folder(tmp_path, capsys, names, train, test):
@@ -2201,7 +2218,8 @@ def test_scripts_take_the_parts_of_a_data_set(demo, tmp_path, capsys, monkeypatc
     assert run(finetune, *finetuning(demo, tmp_path, *more, "--probe", "knn", "--val", demo / "train")) is None
     assert " of 40 videos, 8 labels" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *pretraining(demo, tmp_path, "--data", demo)])
-    assert pretrain.read_videos(pretrain.read_settings()) == cmaev.read_list(demo / "train")
+    settings = pretrain.read_settings()
+    assert pretrain.read_videos(settings) == cmaev.read_list(demo / "train") and settings.val == str(demo / "val")
 
 
 def test_finetune_from_start_to_prediction(demo, tuned, undisturbed, capsys, monkeypatch):
@@ -2269,7 +2287,7 @@ def test_names_from_a_file(demo, tmp_path, capsys):
     assert "has 5 names, but" in run(finetune, *command)
     assert "lost.txt: no such file: give a text file" in run(finetune, *command, "--names", "lost.txt")
     for content, number in ((b"a\ncaf\xe9\n", 2), ("a\nb".encode("utf-16"), 1), (b"a\r\nb\r\na\r\n", 3),
-                            (b"a\n\nb\n", 2), (b"", 1)):
+                            (b"a\n\nb\n", 2), (b"", 1), ("a\nb".encode("utf-16-le"), 1)):
         names.write_bytes(content)
         end = run(finetune, *command)
         assert f"names.txt, line {number}: " in end and "is empty, not UTF-8, or there twice" in end and "\n" not in end
