@@ -87,8 +87,8 @@ def class_names(videos, source="", file=""):
         text = Path(file).read_text(encoding="utf-8-sig", errors="replace")  # sig: skips a byte order mark
         names = [line.strip() for line in text.rstrip().split("\n")]
         for i, name in enumerate(names):
-            if not name or "\ufffd" in name or name in names[:i]:
-                raise cmaev.CMAEVError(f"{file}, line {i + 1}: {name!r} is empty, not UTF-8, or there twice: give "
+            if not name or {"\ufffd", "\0"} & set(name) or name in names[:i]:
+                raise cmaev.CMAEVError(f"{file}, line {i + 1}: {name!r:.60} is empty, not UTF-8, or there twice: give "
                                        "each label a name of its own")
         if (largest := max(label for _, label in videos)) >= len(names):
             raise cmaev.CMAEVError(f"{file} has {len(names)} names, but {source} has label {largest}: give a name per "
