@@ -386,8 +386,8 @@ def wrong(tmp_path_factory):
                        "large.txt": "good.mp4 7\n", "gap.txt": good + "good.mp4 2\n", "none.txt": "good.mp4\n",
                        "late.txt": good + 7 * audio, "huge.txt": f"{good}good.mp4 {10**20}\n"}.items():
         (folder / name).write_text(text)
-    for name, content in {"other": {"model": {"a": torch.ones(1), 1: torch.ones(1)}}, "no-tensors": {"model": {}, "epoch": 3},
-                          "tensor": torch.ones(1)}.items():
+    for name, content in {"other": {"model": {"a": torch.ones(1), 1: torch.ones(1)}},
+                          "no-tensors": {"model": {}, "epoch": 3}, "tensor": torch.ones(1)}.items():
         torch.save(content, folder / f"{name}.pt")
     np.savez(folder / "array.npz", np.ones(1))
     return folder
