@@ -3,7 +3,7 @@
 Read it beside the paper, from top to bottom. The method comes first; file reading and training utilities follow:
 
      1  tokens and tube mask   cuts clips into cubes; masks 90 % of the tokens
-     2  encoders               ViT and ConvViT: encoder(clip, mask) -> tokens
+     2  encoders               ViT and ConvViT: encoder(clip, visible) -> tokens
      3  decoder and heads      pixel decoder; projector and predictor with global batch statistics
      4  losses                 equations 4, 5 and 7
      5  CMAE-V                 equations 1 to 8 in `CMAEV.forward`; the momentum step
@@ -289,10 +289,10 @@ def init_weights(module):
 
 
 class Encoder(nn.Module):
-    """Base class. encoder(clip [B, 3, T, H, W], mask=None) -> tokens [B, N_v or N, D] in order (time, row, column).
+    """Base class. encoder(clip [B, 3, T, H, W], visible=None) -> tokens [B, N_v, D] in order (time, row, column).
 
-    `mask`: bool [B, N] with True = masked, or the indices int64 [B, N_v] of the visible tokens; without it all tokens
-    are visible. To add an encoder, write a subclass with `forward` and `layers`, and add it to ENCODERS.
+    `visible`: the indices int64 [B, N_v] that visible_and_masked gives; None: all N tokens are visible.
+    To add an encoder, write a subclass with `forward` and `layers`, and add it to ENCODERS.
     """
 
     def __init__(self, width, frames, size, tubelet, patch):
@@ -300,29 +300,28 @@ class Encoder(nn.Module):
         self.width, self.grid, self.cube = width, token_grid(frames, size, tubelet, patch), (tubelet, patch, patch)
         self.register_buffer("positions", sincos_table(math.prod(self.grid), width), persistent=False)
 
-    def check(self, clip, mask=None):
-        """Raises CMAEVError if the clip or the bool mask has another shape or type than the encoder takes."""
-        clip_shape = [len(clip), 3, *(n * side for n, side in zip(self.grid, self.cube))]
-        mask_shape = [len(clip), math.prod(self.grid)]
-        if list(clip.shape) != clip_shape or not clip.is_floating_point():
-            raise CMAEVError(f"clip [B, 3, T, H, W] is {clip.dtype} {list(clip.shape)}, the encoder takes "
-                             f"float32 {clip_shape}: give normalize(clips) of clips [B, T, 3, H, W]")
-        if mask is not None and (mask.dtype != torch.bool or list(mask.shape) != mask_shape):
-            raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, the encoder takes bool [B, N] {mask_shape}")
+    def check_mask(self, mask):
+        """Raises CMAEVError if the encoder does not take tokens of this mask, bool [B, N]."""
+        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != math.prod(self.grid):
+            raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, the encoder takes bool [B, N], "
+                             f"N = {math.prod(self.grid)}: give tube_mask(B, encoder.grid, ratio)")
 
-    def visible_cubes(self, clip, mask):
-        """Returns the visible tokens' cubes [B, N_v, values], position embedding [B, N_v, D] and indices [B, N_v].
+    def visible_cubes(self, clip, visible=None):
+        """Returns the visible tokens' cubes [B, N_v, values] and position embedding [B, N_v, D].
 
-        Without a mask: those of all N tokens, and None as indices.
+        Raises CMAEVError if the clip or the indices have another shape or type than the encoder takes.
         """
-        visible = mask
-        if mask is None or mask.dtype != torch.int64:
-            self.check(clip, mask)
-            visible = None if mask is None else visible_and_masked(mask, clip.device)[0]
+        shape = [len(clip), 3, *(n * side for n, side in zip(self.grid, self.cube))]
+        if list(clip.shape) != shape or not clip.is_floating_point():
+            raise CMAEVError(f"clip [B, 3, T, H, W] is {clip.dtype} {list(clip.shape)}, the encoder takes float32 "
+                             f"{shape}: give normalize(clips) of clips [B, T, 3, H, W]")
         positions = self.positions.expand(len(clip), -1, -1)
         if visible is not None:
+            if visible.dtype != torch.int64 or visible.ndim != 2 or len(visible) != len(clip):
+                raise CMAEVError(f"visible is {visible.dtype} {list(visible.shape)}, the encoder takes int64 "
+                                 f"[{len(clip)}, N_v]: give the indices of visible_and_masked(mask)")
             positions = gather_tokens(positions, visible)
-        return cubes(clip, self.grid, visible), positions, visible
+        return cubes(clip, self.grid, visible), positions
 
 
 class VisionTransformer(Encoder):
@@ -336,8 +335,8 @@ class VisionTransformer(Encoder):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
 
-    def forward(self, clip, mask=None):
-        x, positions, _ = self.visible_cubes(clip, mask)
+    def forward(self, clip, visible=None):
+        x, positions = self.visible_cubes(clip, visible)
         x = self.patch_embed(x) + positions
         for block in self.blocks:
             x = block(x)
@@ -441,9 +440,10 @@ class ConvBlock(nn.Module):
 class ConvViT(Encoder):
     """ConvMAE's hybrid encoder for video: two stages of masked convolutions, then ViT blocks.
 
-    Each patch embedding acts inside one token, so it is a matrix product. For video [choice]: the first embedding spans
-    the tubelet's frames; depthwise kernels are 5 x 5 x 5; grid, position embedding and tube mask are the ViT's.
-    `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's pre-training. Fine-tuning goes without it.
+    `visible` must be the indices of a tube mask. `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's
+    pre-training; fine-tuning goes without it. Each patch embedding acts inside one token, so it is a matrix product.
+    For video [choice]: the first embedding spans the tubelet's frames; depthwise kernels are 5 x 5 x 5; grid and
+    position embedding are the ViT's.
     """
 
     def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True, drop_path=0.0):
@@ -465,8 +465,8 @@ class ConvViT(Encoder):
         for module in (self.patch_embed3, self.patch_embed4, self.blocks3):
             module.apply(init_weights)  # the others are convolutions in ConvMAE, with PyTorch's initialisation
 
-    def forward(self, clip, mask=None):
-        x, positions, visible = self.visible_cubes(clip, mask)
+    def forward(self, clip, visible=None):
+        x, positions = self.visible_cubes(clip, visible)
         tubelet, patch, _ = self.cube
         x = x.unflatten(-1, (tubelet, 4, patch // 4, 4, patch // 4, 3)).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
 
@@ -488,10 +488,10 @@ class ConvViT(Encoder):
         return self.norm(stage3)
 
     @torch.compiler.disable  # it reads the mask's values
-    def check(self, clip, mask=None):
-        """Raises CMAEVError as Encoder.check does, and if the mask is not the same at every time step."""
-        super().check(clip, mask)
-        if mask is not None and not (tubes := mask.unflatten(1, (self.grid[0], -1))).eq(tubes[:, :1]).all():
+    def check_mask(self, mask):
+        super().check_mask(mask)
+        tubes = mask.unflatten(1, (self.grid[0], -1))
+        if (tubes != tubes[:, :1]).any():
             raise CMAEVError("ConvViT needs a tube mask: the same positions masked at every time step (tube_mask)")
 
     def layers(self):
@@ -702,7 +702,7 @@ class CMAEV(nn.Module):
             self.target_projector = deepcopy(self.projector).requires_grad_(False)
 
     def forward(self, online, target, mask, video=None):
-        self.encoder.check(online, mask)
+        self.encoder.check_mask(mask)
         visible, masked = visible_and_masked(mask, online.device)  # the token indices of x^v and x^m
         tokens = self.encoder(online, visible)  # equation 1
         prediction = self.decoder(tokens, visible, masked)  # equation 6
@@ -713,12 +713,12 @@ class CMAEV(nn.Module):
         if self.contrast_weight and target is not None:
             with torch.no_grad():
                 target_feature = self.target_encoder(target).mean(dim=1)  # equation 3
-            contrast, accuracy = self.contrast(feature, target_feature, video)  # equations 4 and 5
+            contrast, accuracy = self.contrastive_loss(feature, target_feature, video)  # equations 4 and 5
         loss = reconstruction + self.contrast_weight * contrast  # equation 8
         return dict(loss=loss, reconstruction=reconstruction, contrast=contrast, accuracy=accuracy, feature=feature)
 
-    def contrast(self, feature, target_feature, video=None):
-        """Heads and InfoNCE on the features [B, D] of both views -> loss, accuracy (see info_nce)."""
+    def contrastive_loss(self, feature, target_feature, video=None):
+        """Equations 4 and 5: heads and InfoNCE on the features [B, D] of both views -> loss, accuracy (see info_nce)."""
         if len(feature) * world_size() < 2:
             raise CMAEVError("InfoNCE needs two or more clips in the global batch")
         with torch.no_grad():
@@ -737,17 +737,19 @@ class CMAEV(nn.Module):
     def reconstruct(self, clip, mask):
         """Returns four clips in [0, 1], shaped as the normalised clip [B, 3, T, H, W].
 
-        The original; masked cubes filled with ImageNet's mean, with their own mean colour, and with the prediction. The
-        model predicts standardised cubes: their mean and standard deviation are taken from the original.
+        The original; masked cubes filled with ImageNet's mean, with their own mean colour, and with the prediction.
+        The model predicts standardised cubes: their mean and standard deviation are taken from the original.
         """
-        self.encoder.check(clip, mask)
-        x, (visible, masked) = cubes(clip, self.encoder.grid), visible_and_masked(mask, clip.device)
+        self.encoder.check_mask(mask)
+        visible, masked = visible_and_masked(mask, clip.device)
         prediction = self.decoder(self.encoder(clip, visible), visible, masked).float()
-        _, mean, std = standardize(gather_tokens(x, masked))
+        original = cubes(clip, self.encoder.grid)
+        _, mean, std = standardize(gather_tokens(original, masked))
         pixels = prediction.unflatten(-1, (-1, 3))
-        fillings = [torch.zeros_like(pixels), mean.expand_as(pixels), pixels * std + mean]
-        filled = [x.scatter(1, masked[..., None].expand_as(prediction), filling.flatten(-2)) for filling in fillings]
-        return [to_unit_range(uncubes(x, self.encoder.grid, clip.shape[2:])).clamp(0, 1) for x in (x, *filled)]
+        clips = [original]
+        for filling in (torch.zeros_like(pixels), mean.expand_as(pixels), pixels * std + mean):
+            clips.append(original.scatter(1, masked[..., None].expand_as(prediction), filling.flatten(-2)))
+        return [to_unit_range(uncubes(x, self.encoder.grid, clip.shape[2:])).clamp(0, 1) for x in clips]
 
 
 # =====================================================================================================================

@@ -132,101 +132,107 @@ def build(s, device):
     optimizer = torch.optim.AdamW(cmaev.decay_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), fused=True)
     dtype = cmaev.amp_dtype(s.amp, device)
     scaler = cmaev.grad_scaler(dtype, device)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if cmaev.world_size() > 1 else model
-    two_features = torch.compile(features) if s.compile else features
-    normalize, augment, parts = cmaev.normalize, cmaev.augment_colors, cmaev.micro_batches(s, s.repeats)
-    if s.compile:
-        parallel, normalize, augment = map(torch.compile, (parallel, normalize, augment))
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
+    num_micro_batches = cmaev.micro_batches(s, s.repeats)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if cmaev.world_size() > 1 else model
+    compiled = torch.compile if s.compile else lambda function: function
+    parallel, two_features = compiled(parallel), compiled(features)
+    normalize, augment_colors = compiled(cmaev.normalize), compiled(cmaev.augment_colors)
 
-    def views(batch):
+    def model_inputs(batch):
+        """The feed's uint8 clips -> the model's arguments. A batch without a target gives the reconstruction alone."""
         online, target = normalize(batch["online"]), batch.get("target")
         if target is not None:
-            target = normalize(augment(target, batch["colors"]) if s.color_augment else target)
+            target = normalize(augment_colors(target, batch["colors"]) if s.color_augment else target)
         return online, target, batch["mask"], batch.get("video")
 
     def train_step(feed):
-        if parts == 1:
+        if num_micro_batches == 1:
             batch = next(feed)
-            clips = views(batch)  # not under autocast
+            inputs = model_inputs(batch)  # not under autocast
             with autocast():
-                losses = parallel(*clips)
+                losses = parallel(*inputs)
             scaler.scale(losses["loss"]).backward()
             replaced = batch["replaced"].sum()
         else:
-            batches = (next(feed) for _ in range(parts))
-            losses, replaced = backward_in_parts(model, parallel, two_features, batches, views, scaler, autocast)
+            micro_batches = (next(feed) for _ in range(num_micro_batches))
+            losses, replaced = backward_in_micro_batches(model, parallel, two_features, micro_batches, model_inputs,
+                                                         scaler, autocast)
         grad_norm = cmaev.optimizer_step(model.parameters(), optimizer, scaler, dtype, s.clip_grad)
         model.update_target(s.momentum)
         return losses, grad_norm, replaced
     return model, optimizer, scaler, train_step
 
 
+def backward_in_micro_batches(model, parallel, two_features, micro_batches, model_inputs, scaler, autocast):
+    """Backward pass of a batch in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
+
+    `parallel`: the model, or DDP around it; `two_features`: `features`, or its compiled form.
+    Gradient accumulation gives another gradient, since InfoNCE and the heads' batch norm couple all clips. But L_c
+    depends on the encoder only through the online features f of the clips. Let g be the gradient of lambda_c L_c with
+    respect to f. Then <f, g> has the same gradient with respect to the encoder, and it is a sum over clips. The cost:
+    the encoder runs twice on its visible tokens.
+    """
+    weight, replaced = model.contrast_weight, 0
+    kept, feature_rows = [], []
+    for batch in micro_batches:  # 1. the features of all clips, without gradient
+        replaced += batch["replaced"].sum()
+        kept.append({name: batch[name] for name in ("online", "mask")})
+        if weight:
+            online, target, mask, video = model_inputs(batch)
+            with autocast():
+                feature_rows.append((*two_features(model, online, target, mask), video))
+
+    if weight:  # 2. L_c of the whole batch, and g
+        f, target_feature, video = map(torch.cat, zip(*feature_rows))
+        f = f.float().requires_grad_()
+        with autocast():
+            contrast, accuracy = model.contrastive_loss(f, target_feature, video)
+            loss = scaler.scale(weight * contrast)
+        g = torch.autograd.grad(loss, f)[0] / scaler.scale(torch.ones_like(loss))
+
+    reconstruction = first = 0
+    for batch in kept:  # 3. each micro-batch again, with gradient: its share of L_r, and <f, g>
+        inputs, end = model_inputs(batch), first + len(batch["mask"])
+        is_last = batch is kept[-1]
+        with cmaev.synchronised(parallel, is_last):
+            with autocast():
+                losses = parallel(*inputs)
+                loss = losses["reconstruction"] / len(kept)
+                reconstruction = reconstruction + loss.detach()
+                if weight and is_last:  # L_c itself, for the gradient of the heads too
+                    whole = torch.cat([f.detach()[:first], losses["feature"].float()])
+                    loss = loss + weight * model.contrastive_loss(whole, target_feature, video)[0]
+                elif weight:
+                    loss = loss + (losses["feature"] * g[first:end]).sum()
+            scaler.scale(loss).backward()
+        first = end
+    losses["reconstruction"] = losses["loss"] = reconstruction
+    if weight:
+        losses |= dict(contrast=contrast, accuracy=accuracy, loss=reconstruction + weight * contrast)
+    return losses, replaced
+
+
 @torch.no_grad()
 def features(model, online, target, mask):
     """Equations 1 to 3 without gradient -> features [B, D] of the online and the target view."""
-    model.encoder.check(online, mask)
     visible, _ = cmaev.visible_and_masked(mask, online.device)
     return model.encoder(online, visible).mean(dim=1), model.target_encoder(target).mean(dim=1)
 
 
-def backward_in_parts(model, parallel, features, parts, views, scaler, autocast):
-    """Backward pass of a batch in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
-
-    `parallel`: the model or its DDP wrapper; `features`: see above; `parts`: the loader's dicts; views(part): the arguments
-    of `parallel`.
-    Gradient accumulation gives another gradient, since InfoNCE and the heads' batch norm couple all clips. But L_c sees
-    the encoder only through the features f of the clips. Let g be the gradient of lambda_c L_c with respect to f. Then
-    <f, g> has the same gradient with respect to the encoder, and it is a sum over clips. The cost: the encoder runs
-    twice on its visible tokens.
-    """
-    kept, kept_features, replaced = [], [], 0
-    for part in parts:  # 1. the features of all micro-batches, without gradient
-        if model.contrast_weight:
-            online, target, mask, video = views(part)
-            with autocast():
-                kept_features.append((*features(model, online, target, mask), video))
-        replaced += part["replaced"].sum()
-        kept.append({name: part[name] for name in ("online", "mask")})
-
-    logged = {}
-    if model.contrast_weight:  # 2. g, from the whole batch
-        f, target_feature, video = map(torch.cat, zip(*kept_features))
-        f = f.float().requires_grad_()
-        with autocast():
-            logged["contrast"], logged["accuracy"] = model.contrast(f, target_feature, video)
-            loss = scaler.scale(model.contrast_weight * logged["contrast"])
-        g = torch.autograd.grad(loss, f)[0] / scaler.scale(torch.ones_like(loss))
-
-    reconstruction = 0
-    for i, part in enumerate(kept):  # 3. each micro-batch again, with gradient
-        last, batch, clips = i == len(kept) - 1, len(part["mask"]), views(part)
-        with cmaev.synchronised(parallel, last):
-            with autocast():
-                losses = parallel(*clips)  # without a target: the reconstruction alone
-                loss = losses["loss"] / len(kept)
-                reconstruction = reconstruction + loss.detach()
-                if model.contrast_weight and last:  # L_c itself: gives the heads their gradient too
-                    f = torch.cat([f.detach()[:-batch], losses["feature"].float()])
-                    loss = loss + model.contrast_weight * model.contrast(f, target_feature, video)[0]
-                elif model.contrast_weight:
-                    loss = loss + (losses["feature"] * g[i * batch:(i + 1) * batch]).sum()
-            scaler.scale(loss).backward()
-    losses = losses | logged | dict(reconstruction=reconstruction)
-    return losses | dict(loss=reconstruction + model.contrast_weight * losses["contrast"]), replaced
-
-
 def main():
     s = read_settings()
-    device = cmaev.join_ranks()
-    videos, held_out, run = read_videos(s), cmaev.read_list(s.val) if s.val else [], Path(s.out)
-    cmaev.check_ranks(run, s, device, videos, held_out)
+    device, run = cmaev.join_ranks(), Path(s.out)
+    videos = read_videos(s)
+    held_out_videos = cmaev.read_list(s.val) if s.val else []
+    cmaev.check_ranks(run, s, device, videos, held_out_videos)
     model, optimizer, scaler, train_step = build(s, device)
-    views = lambda videos, **how: cmaev.PretrainClips(videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size,
-                                                      s.mask_ratio, log=run / "bad-videos.jsonl", **how)
-    clips = views(videos, repeats=s.repeats, seed=s.seed, two_views=s.contrast_weight > 0)
-    held_out = views(held_out, two_views=False)  # the same clips and masks for every seed
-    per_step, per_epoch = s.batch_size // s.repeats, len(videos) * s.repeats // s.batch_size
+    sampling = dict(grid=model.encoder.grid, frames=s.frames, rate=s.rate, max_shift=s.max_shift, size=s.size,
+                    mask_ratio=s.mask_ratio, log=run / "bad-videos.jsonl")
+    clips = cmaev.PretrainClips(videos, repeats=s.repeats, seed=s.seed, two_views=s.contrast_weight > 0, **sampling)
+    held_out = cmaev.PretrainClips(held_out_videos, two_views=False, **sampling)  # seed 0: the same for every --seed
+    videos_per_step = s.batch_size // s.repeats
+    per_epoch = len(videos) * s.repeats // s.batch_size
     steps = s.epochs * per_epoch
 
     cmaev.open_run(run, s, FREE, videos)
@@ -241,45 +247,47 @@ def main():
                  + (f"; continuing from step {start}" if start else ""))
     cmaev.note_weak_settings(s, steps)
     tubes = math.prod(model.encoder.grid[1:])
-    if (visible := tubes - int(s.mask_ratio * tubes)) < 10:
+    visible = tubes - int(s.mask_ratio * tubes)
+    if visible < 10:
         cmaev.print0(f"warning: only {visible} of {tubes} tubes are visible (in the paper 20 of 196), a harder task: "
                      "give a smaller --patch, a larger --size or a lower --mask-ratio")
-
 
     def save_run(step):
         if cmaev.this_rank() == 0:
             cmaev.save_encoder(model.encoder, run / "encoder.pt")
         cmaev.save_checkpoint(run, step, state)
+
     received = cmaev.notice_signals()
-    feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
-        len(videos), per_step, steps, s.seed, start, cmaev.micro_batches(s, s.repeats))), device)
+    order = cmaev.batches(len(videos), videos_per_step, steps, s.seed, start, cmaev.micro_batches(s, s.repeats))
+    feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=order), device)
     for step in range(start, steps):
         lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
         losses, grad_norm, replaced = train_step(feed)
         meter.add([losses[name].detach() for name in METRICS], grad_norm, replaced)
 
-        done, last = step + 1, step + 1 == steps
-        if done == 1 or done % s.log_every == 0 or last:
-            due = lambda every: every and done // every > meter.step // every or last
-            save, show, stop = due(s.save_every), due(s.picture_every), received()
-            record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
-            record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
-            if stop:  # before the validation, as SLURM soon kills
-                save_run(done)
-            text = (f"loss {record['loss']:.4f} = {record['reconstruction']:.4f} + {s.contrast_weight} x "
-                    f"{record['contrast']:.4f}  accuracy {record['accuracy']:.0%}")
-            if save and s.val:
-                record["held_out_reconstruction"] = held_out_reconstruction(model, held_out, s, device)
-                text += f"  held-out reconstruction {record['held_out_reconstruction']:.4f}"
-            cmaev.write_log(run, record, steps, text)
-            if show and s.picture_every and cmaev.this_rank() == 0:
-                drawn = picture(model, clips, device)
-                cmaev.write_png(drawn, run / f"reconstruction-{done:06d}.png")
-            meter.began = time.perf_counter()
-            if save and not stop:
-                save_run(done)
-            if stop and not last:
-                cmaev.stop_run(stop, done)
+        done = step + 1
+        last = done == steps
+        if done > 1 and done % s.log_every and not last:
+            continue
+        due = lambda every: every > 0 and (last or done // every > meter.step // every)  # since the last log line
+        save, draw, stop = due(s.save_every), due(s.picture_every), received()
+        record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
+        record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
+        if stop:  # before the validation, as SLURM soon kills
+            save_run(done)
+        text = (f"loss {record['loss']:.4f} = {record['reconstruction']:.4f} + {s.contrast_weight} x "
+                f"{record['contrast']:.4f}  accuracy {record['accuracy']:.0%}")
+        if save and s.val:
+            record["held_out_reconstruction"] = held_out_reconstruction(model, held_out, s, device)
+            text += f"  held-out reconstruction {record['held_out_reconstruction']:.4f}"
+        cmaev.write_log(run, record, steps, text)
+        if draw and cmaev.this_rank() == 0:
+            cmaev.write_png(picture(model, clips, device), run / f"reconstruction-{done:06d}.png")
+        meter.began = time.perf_counter()
+        if save and not stop:
+            save_run(done)
+        if stop and not last:
+            cmaev.stop_run(stop, done)
     cmaev.print0(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; {record['bad_clips']} "
                  f"of {steps * s.batch_size} clips were of bad videos, {record['skipped_steps']} of {steps} steps were "
                  "skipped")

@@ -202,10 +202,11 @@ def float64():
 def backward_in_parts(model, batch, count, parallel=None, scaler=None, autocast=contextlib.nullcontext):
     """The batch's backward pass in `count` micro-batches -> losses. batch: online, target, mask, video."""
     names = "online", "target", "mask", "video"
-    parts = [dict(zip(names, part), replaced=torch.zeros(len(part[0]), dtype=torch.bool))
-             for part in zip(*(x.chunk(count) for x in batch))]
-    return pretrain.backward_in_parts(model, parallel or model, pretrain.features, iter(parts), lambda part: [part.get(x) for x in names],
-                                   scaler or cmaev.grad_scaler(None, torch.device("cpu")), autocast)[0]
+    micro_batches = (dict(zip(names, rows), replaced=torch.zeros(len(rows[0]), dtype=torch.bool))
+                     for rows in zip(*(x.chunk(count) for x in batch)))
+    return pretrain.backward_in_micro_batches(
+        model, parallel or model, pretrain.features, micro_batches, lambda batch: [batch.get(x) for x in names],
+        scaler or cmaev.grad_scaler(None, torch.device("cpu")), autocast)[0]
 
 
 def assert_equal_gradients(grads, expected):
@@ -542,7 +543,8 @@ def dense_convvit(model, clip, mask):
 def test_convvit_on_visible_tokens_equals_the_dense_masked_computation(frames, masked):
     model, clip = small_encoder("convvit", frames=frames), torch.randn(2, 3, frames, 32, 48)
     mask = cmaev.tube_mask(2, model.grid, 0.5) if masked else torch.zeros(2, 3 * frames, dtype=torch.bool)
-    outputs = model(clip, mask if masked else None), dense_convvit(model, clip, mask)
+    visible = cmaev.visible_and_masked(mask)[0] if masked else None
+    outputs = model(clip, visible), dense_convvit(model, clip, mask)
     torch.testing.assert_close(*outputs)
     grads = [torch.autograd.grad(output.square().sum(), list(model.parameters())) for output in outputs]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
@@ -553,9 +555,10 @@ def test_masked_pixels_reach_no_visible_token(name):
     model, clip = small_encoder(name), torch.randn(2, 3, 4, 32, 48)
     mask = cmaev.tube_mask(2, model.grid, 0.5)
     noise_in = lambda where: cmaev.uncubes(where[..., None] * torch.randn(2, 12, 1536), model.grid, (4, 32, 48))
-    tokens = model(clip, mask)
-    assert tokens.shape == (2, 6, 24) and torch.equal(tokens, model(clip + 9 * noise_in(mask), mask))
-    assert not torch.equal(tokens, model(clip + noise_in(~mask), mask))
+    visible, _ = cmaev.visible_and_masked(mask)
+    tokens = model(clip, visible)
+    assert tokens.shape == (2, 6, 24) and torch.equal(tokens, model(clip + 9 * noise_in(mask), visible))
+    assert not torch.equal(tokens, model(clip + noise_in(~mask), visible))
 
 
 def test_sizes_and_initialisation():
@@ -647,7 +650,7 @@ def test_clips_of_the_same_video_are_no_negatives(two_ranks):
 
 def test_calls_that_cannot_work_say_what_is_expected(demo):
     model, (online, target, mask) = tiny_model()
-    convvit, no_tubes = small_encoder("convvit"), torch.arange(12).expand(1, -1) % 5 < 2
+    convvit, no_tubes = tiny_model("convvit_test")[0], torch.arange(32).expand(6, -1) % 5 < 2
     for call, words in {
             lambda: model(online[:1], target[:1], mask[:1]): "two or more clips",
             lambda: model.encoder(online[0]): "clip [B, 3, T,",
@@ -663,7 +666,10 @@ def test_calls_that_cannot_work_say_what_is_expected(demo):
             lambda: demo_videos.make_demo(demo): f"{demo} is not empty",
             lambda: model(online, target, mask[:, 1:]): "bool [B, N]",
             lambda: model(online, target, mask.float()): "bool [B, N]",
-            lambda: convvit(torch.randn(1, 3, 4, 32, 48), no_tubes): "masked at every time step",
+            lambda: model(online, target, mask[1:]): "visible is torch.int64 [5, 8], the encoder takes int64 [6, N_v]",
+            lambda: model.encoder(online, mask): "visible is torch.bool [6, 32], the encoder takes int64",
+            lambda: convvit(online, target, no_tubes): "masked at every time step",
+            lambda: convvit.reconstruct(online, no_tubes): "masked at every time step",
             lambda: pretrain_clips(demo)[0]: "[epoch, index]",
             lambda: pretrain_clips(demo, mask_ratio=1.0): "mask ratio 1.0",
             lambda: cmaev.temporal_shift_indices(0, 16, 4, 8): "num_frames=0"}.items():

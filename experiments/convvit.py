@@ -31,7 +31,7 @@ def block(b, x):
 
 def whole_map():
     """Stages 1 and 2 on all tokens, masked before each convolution; stage 3 on visible tokens [ConvMAE]."""
-    x, positions = conv.visible_cubes(clip, None)[:2]
+    x, positions = conv.visible_cubes(clip)
     x = x.unflatten(-1, (2, 4, 4, 4, 4, 3)).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
     stage1 = F.gelu(conv.embed_norms[0](conv.patch_embed1(x)))
     for b in conv.blocks1:
@@ -55,7 +55,7 @@ def whole_map_depthwise():
             whole = self.depthwise(cmaev.tokens_to_map(x, grid, visible))
             return cmaev.gather_tokens(cmaev.map_to_tokens(whole, grid), visible)
     ours, cmaev.ConvBlock.depthwise_conv = cmaev.ConvBlock.depthwise_conv, depthwise_conv
-    output = conv(clip, mask)
+    output = conv(clip, visible)
     cmaev.ConvBlock.depthwise_conv = ours
     return output
 
@@ -70,7 +70,7 @@ def wait():
         torch.cuda.synchronize()
 
 
-runs = {"ViT-B": lambda: vit(clip, mask), "ConvViT-B": lambda: conv(clip, mask),
+runs = {"ViT-B": lambda: vit(clip, visible), "ConvViT-B": lambda: conv(clip, visible),
         "depthwise": whole_map_depthwise, "whole map": whole_map,
         "ViT-B, all": lambda: target(vit), "ConvViT-B, all": lambda: target(conv)}
 times = {name: [] for name in runs}

@@ -68,11 +68,12 @@ def similarities(name, run, videos, count=16):
     clips = cmaev.PretrainClips(cmaev.read_list(videos)[:count], model.encoder.grid, 8, 4, 8, 56, 0.8)
     batch = torch.utils.data.default_collate([clips[0, i] for i in range(count)])
     online, target = (cmaev.normalize(batch[view][:, 0]) for view in ("online", "target"))
+    visible, _ = cmaev.visible_and_masked(batch["mask"][:, 0])
     pictures = []
     for state in (model.state_dict(), torch.load(f"{run}/checkpoint.pt", weights_only=True)["model"]):
         model.load_state_dict(state)
         with torch.no_grad():
-            query = model.predictor(model.projector(model.encoder(online, batch["mask"][:, 0]).mean(dim=1)))
+            query = model.predictor(model.projector(model.encoder(online, visible).mean(dim=1)))
             key = model.target_projector(model.target_encoder(target).mean(dim=1))
         cosine = torch.nn.functional.cosine_similarity(query[:, None], key[None], dim=2)
         own, found = cosine.diag().mean(), (cosine.argmax(dim=1) == torch.arange(count)).float().mean()
