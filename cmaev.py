@@ -93,7 +93,8 @@ def seeded(*key):
     torchvision's random transforms draw from the global one.
     """
     with torch.random.fork_rng(devices=[]):
-        yield torch.default_generator.manual_seed(seed_of(*key))
+        torch.default_generator.manual_seed(seed_of(*key))
+        yield torch.default_generator
 
 
 @contextlib.contextmanager
@@ -127,40 +128,37 @@ def parse_json(text, path, *keys):
     raise CMAEVError(f"{path} is damaged (it has {text[:40]!r}): restore it or delete it")
 
 
-# =====================================================================================================================
-# 1  Tokens and tube mask
-# =====================================================================================================================
-
+# 1  Tokens and tube mask ------------------------------------------------------------------------------------
 
 def normalize(clips):
-    """ImageNet-normalises a batch: [B, T, 3, H, W] in 0..255 (datasets) -> float32 [B, 3, T, H, W] (models)."""
+    """Normalises by ImageNet's mean and std: [B, T, 3, H, W] in 0..255 -> float32 [B, 3, T, H, W]."""
     if clips.ndim != 5 or clips.shape[2] != 3:
         raise CMAEVError(f"clips are {list(clips.shape)}, normalize takes [B, T, 3, H, W]: give the frames "
                          "[T, H, W, 3] of Video.read as frames[None].movedim(-1, 2)")
-    channels = zip(clips.unbind(2), MEAN, STD)
-    return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], dim=1)
+    return torch.stack([(x / 255 - mean) / std for x, mean, std in zip(clips.unbind(2), MEAN, STD)], dim=1)
 
 
 def to_unit_range(clips):
     """Undoes the mean and std of `normalize`: [B, 3, T, H, W] -> the same shape in [0, 1]."""
-    return torch.stack([channel * std + mean for channel, mean, std in zip(clips.unbind(1), MEAN, STD)], dim=1)
+    return torch.stack([x * std + mean for x, mean, std in zip(clips.unbind(1), MEAN, STD)], dim=1)
 
 
 def token_grid(frames, size, tubelet, patch):
     """Returns the token grid (T', H', W') of a clip. `size`: H = W as an int, or (H, W)."""
     height, width = (size, size) if isinstance(size, int) else size
     if frames % tubelet or height % patch or width % patch:
-        raise CMAEVError(f"a clip of {frames} frames of {height}x{width} pixels does not divide into cubes of "
-                         f"{tubelet} frames of {patch}x{patch}: frames and size must be multiples of these")
+        raise CMAEVError(f"a clip of {frames} frames of {height}x{width} pixels does not divide into cubes "
+                         f"of {tubelet} frames of {patch}x{patch}: give frames and size that divide")
     return frames // tubelet, height // patch, width // patch
 
 
 def cubes(clip, grid, indices=None):
-    """Cuts a clip into cubes, one per token: [B, 3, T, H, W] -> [B, N, values], values in order (t, h, w, channel).
+    """Cuts a clip into cubes, one per token: [B, 3, T, H, W] -> [B, N, values], in order (t, h, w, channel).
 
     If token indices [B, K] are given, returns only those cubes: [B, K, values].
     """
-    (t, h, w), (frames, height, width) = grid, clip.shape[2:]
+    t, h, w = grid
+    frames, height, width = clip.shape[2:]
     x = clip.reshape(-1, 3, t, frames // t, h, height // h, w, width // w).permute(0, 2, 4, 6, 3, 5, 7, 1)
     if indices is None:
         return x.flatten(4).flatten(1, 3)
@@ -170,52 +168,52 @@ def cubes(clip, grid, indices=None):
 
 def uncubes(x, grid, size):
     """The inverse of `cubes`: [B, N, values] -> [B, 3, T, H, W], size (T, H, W)."""
-    (t, h, w), (frames, height, width) = grid, size
+    t, h, w = grid
+    frames, height, width = size
     x = x.reshape(-1, t, h, w, frames // t, height // h, width // w, 3)
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(-1, 3, frames, height, width)
 
 
 def tube_mask(batch, grid, ratio, generator=None):
-    """Draws one random spatial mask per clip, repeated over time [VideoMAE] -> bool [batch, N], True = masked.
+    """Draws one spatial mask per clip, repeated over time [VideoMAE] -> bool [batch, N], True = masked.
 
     `grid` is the encoder's (T', H', W'). int(ratio * H' * W') of the H' * W' positions are masked.
     """
-    time_steps, positions = grid[0], grid[1] * grid[2]
+    positions = grid[1] * grid[2]
     num_masked = int(ratio * positions)
     if not 0 < num_masked < positions:
-        raise CMAEVError(f"mask ratio {ratio} masks {num_masked} of {positions} positions: it must mask some, not all")
-    rank = torch.rand(batch, positions, generator=generator).argsort(dim=1).argsort(dim=1)
-    return (rank < num_masked).repeat(1, time_steps)
+        raise CMAEVError(f"mask ratio {ratio} masks {num_masked} of {positions} positions: give another")
+    order = torch.rand(batch, positions, generator=generator).argsort(dim=1).argsort(dim=1)
+    return (order < num_masked).repeat(1, grid[0])
 
 
 @torch.compiler.disable
 def visible_and_masked(mask, device=None):
-    """Returns the indices of the visible [B, N_v] and masked [B, N_m] tokens of a bool mask: int64, ascending.
+    """Indices of the visible [B, N_v] and the masked [B, N_m] tokens of a bool mask [B, N]: int64, ascending.
 
-    Keep the mask on the CPU: then neither the counts nor the copy of the indices to `device` need a synchronisation.
+    Keep the mask on the CPU: then neither the count nor the copy to `device` needs a synchronisation.
     """
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) > 1 or not 0 < counts[0] < mask.shape[1]:
-        raise CMAEVError(f"masks hide {min(counts)} to {max(counts)} of {mask.shape[1]} tokens: every clip of a batch "
-                         "must hide the same number, neither none nor all")
+        raise CMAEVError(f"masks hide {min(counts)} to {max(counts)} of {mask.shape[1]} tokens: every clip "
+                         "of a batch must hide the same number, neither none nor all")
     indices = mask.byte().argsort(dim=1, stable=True)
     if device is not None and device.type == "cuda" and not mask.is_cuda:
         indices = indices.pin_memory()
-    return indices.to(device or mask.device, non_blocking=True).split([mask.shape[1] - counts[0], counts[0]], dim=1)
+    indices = indices.to(device or mask.device, non_blocking=True)
+    return indices.split([mask.shape[1] - counts[0], counts[0]], dim=1)
 
 
 def gather_tokens(tokens, indices):
     """Selects tokens by index: [B, N, ...], [B, K] -> [B, K, ...]."""
-    return tokens.gather(1, indices.view(*indices.shape, *[1] * (tokens.ndim - 2)).expand(-1, -1, *tokens.shape[2:]))
+    indices = indices.view(*indices.shape, *[1] * (tokens.ndim - 2))
+    return tokens.gather(1, indices.expand(-1, -1, *tokens.shape[2:]))
 
 
-# =====================================================================================================================
-# 2  Encoders
-# =====================================================================================================================
-
+# 2  Encoders ------------------------------------------------------------------------------------------------
 
 def sincos_table(tokens, width):
-    """VideoMAE's fixed 1-D sine-cosine position embedding of the flattened token index -> float32 [1, tokens, width].
+    """VideoMAE's fixed sine-cosine embedding of the flattened token index -> float32 [1, tokens, width].
 
     Channel j of position n is sin (j even) or cos (j odd) of n / 10000^(2 (j // 2) / width).
     """
@@ -225,9 +223,9 @@ def sincos_table(tokens, width):
 
 
 class CubeEmbed(nn.Module):
-    """Patch embedding, a Conv3d with stride = kernel size, as one matrix product: cubes [..., values] -> [..., width].
+    """Patch embedding: cubes [..., values] -> [..., width].
 
-    The weight keeps the Conv3d's shape, as in VideoMAE's files.
+    One matrix product equals a Conv3d with stride = kernel size, whose weight VideoMAE's files hold.
     """
 
     def __init__(self, width, cube):
@@ -239,7 +237,7 @@ class CubeEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: [B, N, D] -> [B, N, D]. VideoMAE has no key bias; one does not change the softmax."""
+    """Multi-head self-attention: [B, N, D] -> [B, N, D]. VideoMAE has no key bias; the softmax cancels it."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -265,7 +263,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: [B, N, D] -> [B, N, D]. `drop_path`: rate of stochastic depth, drawn per clip."""
+    """Pre-norm transformer block: [B, N, D] -> [B, N, D]. `drop_path`: rate of stochastic depth, per clip."""
 
     def __init__(self, width, heads, drop_path=0.0):
         super().__init__()
@@ -289,32 +287,31 @@ def init_weights(module):
 
 
 class Encoder(nn.Module):
-    """Base class. encoder(clip [B, 3, T, H, W], visible=None) -> tokens [B, N_v, D] in order (time, row, column).
+    """Base class. encoder(clip [B, 3, T, H, W], visible=None) -> tokens [B, N_v, D].
 
-    `visible`: the indices int64 [B, N_v] that visible_and_masked gives; None: all N tokens are visible.
+    `visible`: the indices int64 [B, N_v] that visible_and_masked gives; without it all N tokens, in the order
+    (time, row, column). Raises CMAEVError for a clip or indices of another shape or type.
     To add an encoder, write a subclass with `forward` and `layers`, and add it to ENCODERS.
     """
 
     def __init__(self, width, frames, size, tubelet, patch):
         super().__init__()
-        self.width, self.grid, self.cube = width, token_grid(frames, size, tubelet, patch), (tubelet, patch, patch)
+        self.width, self.cube = width, (tubelet, patch, patch)
+        self.grid = token_grid(frames, size, tubelet, patch)
         self.register_buffer("positions", sincos_table(math.prod(self.grid), width), persistent=False)
 
     def check_mask(self, mask):
-        """Raises CMAEVError if the encoder does not take tokens of this mask, bool [B, N]."""
-        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != math.prod(self.grid):
-            raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, the encoder takes bool [B, N], "
-                             f"N = {math.prod(self.grid)}: give tube_mask(B, encoder.grid, ratio)")
+        """Raises CMAEVError unless the mask is bool [B, N]."""
+        tokens = math.prod(self.grid)
+        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != tokens:
+            raise CMAEVError(f"mask is {mask.dtype} {list(mask.shape)}, not bool [B, N], N = {tokens}")
 
     def visible_cubes(self, clip, visible=None):
-        """Returns the visible tokens' cubes [B, N_v, values] and position embedding [B, N_v, D].
-
-        Raises CMAEVError if the clip or the indices have another shape or type than the encoder takes.
-        """
+        """Returns the visible tokens' cubes [B, N_v, values] and position embedding [B, N_v, D]."""
         shape = [len(clip), 3, *(n * side for n, side in zip(self.grid, self.cube))]
         if list(clip.shape) != shape or not clip.is_floating_point():
-            raise CMAEVError(f"clip [B, 3, T, H, W] is {clip.dtype} {list(clip.shape)}, the encoder takes float32 "
-                             f"{shape}: give normalize(clips) of clips [B, T, 3, H, W]")
+            raise CMAEVError(f"clip [B, 3, T, H, W] is {clip.dtype} {list(clip.shape)}, the encoder takes "
+                             f"float32 {shape}: give normalize(clips) of clips [B, T, 3, H, W]")
         positions = self.positions.expand(len(clip), -1, -1)
         if visible is not None:
             if visible.dtype != torch.int64 or visible.ndim != 2 or len(visible) != len(clip):
@@ -330,8 +327,9 @@ class VisionTransformer(Encoder):
     def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16, drop_path=0.0):
         super().__init__(width, frames, size, tubelet, patch)
         self.patch_embed = CubeEmbed(width, self.cube)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # as a matrix [width, values] [MAE]
-        self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in np.linspace(0, drop_path, depth).tolist())
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # [width, values], as [MAE]
+        rates = np.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
 
@@ -349,11 +347,10 @@ class VisionTransformer(Encoder):
 
 # In ConvViT's stages 1 and 2 each token has an s x s feature map, [B, N_v, s, s, C]: s = 4, then 2
 
-
 def tokens_to_map(x, grid, visible=None):
     """Scatters the visible tokens' features into the dense map: [B, N_v, s, s, C] -> [B, C, T', H' s, W' s].
 
-    The rest is zero. The map is channels-last in memory: oneDNN's depthwise convolution is three times as fast on it.
+    The rest is zero. Channels-last in memory: oneDNN's depthwise convolution is three times as fast on it.
     """
     if visible is not None:
         dense = x.new_zeros(x.shape[0], math.prod(grid), *x.shape[2:])
@@ -363,35 +360,32 @@ def tokens_to_map(x, grid, visible=None):
 
 def map_to_tokens(x, grid):
     """The inverse of `tokens_to_map` without a mask: [B, C, T', H' s, W' s] -> [B, N, s, s, C]."""
-    return x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).permute(0, 2, 3, 5, 4, 6, 1).flatten(1, 3)
+    x = x.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1))  # [B, C, T', H', s, W', s]
+    return x.permute(0, 2, 3, 5, 4, 6, 1).flatten(1, 3)
 
 
 def merge_2x2(x):
-    """Joins 2 x 2 neighbouring features inside each token: [B, N_v, s, s, C] -> [B, N_v, s / 2, s / 2, 4 C]."""
+    """Joins 2 x 2 neighbouring features of a token: [B, N_v, s, s, C] -> [B, N_v, s / 2, s / 2, 4 C]."""
     return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4)
 
 
 def tube_windows(x, grid, visible, border):
-    """Returns each visible token's window: its features and a border of `border` features, zero if masked or outside.
+    """Returns each visible token's features and a border around them, zero where masked or outside.
 
-    [B, N_v, s, s, C] -> [C, B, T', N_v / T', (s + 2 border)^2]. For s = 1, border = 2, a token x and a visible v:
-        . . . . .
-        . . . . .
-        . v x . .
-        . . . . .
-        . . . . .
+    [B, N_v, s, s, C] -> [C, B, T', N_v / T', (s + 2 border)^2].
     """
     batch, side, window = len(x), x.shape[2], x.shape[2] + 2 * border
-    tubes = visible[:, :visible.shape[1] // grid[0]]  # the visible tokens' spatial indices, the same at each time step
-    # index map [B, H' s, W' s] of one time step: 1, 2, ... at visible features, 0 at masked ones
+    tubes = visible[:, :visible.shape[1] // grid[0]]  # the visible tokens' positions in the first time step
+    # index map [B, H' s, W' s] of any time step: 1, 2, ... at visible features, 0 at masked ones
     index_map = torch.arange(1, tubes.shape[1] * side**2 + 1, device=x.device).view(1, -1, side, side, 1)
     index_map = tokens_to_map(index_map.expand(batch, -1, -1, -1, -1), (1, *grid[1:]), tubes)[:, 0, 0]
     # its windows around the visible tokens [B, N_v / T' window^2]
     indices = F.pad(index_map, 4 * (border,)).unfold(1, window, side).unfold(2, window, side).flatten(1, 2)
     indices = gather_tokens(indices, tubes).flatten(1)
     # the features at these indices, at each time step; index 0 is a zero put in front of them
-    features = F.pad(x.unflatten(1, (grid[0], -1)).movedim(-1, 0).flatten(3), (1, 0))  # [C, B, T', 1 + N_v / T' s^2]
-    return features.gather(3, indices[None, :, None].expand(*features.shape[:3], -1)).unflatten(3, (-1, window**2))
+    features = F.pad(x.unflatten(1, (grid[0], -1)).movedim(-1, 0).flatten(3), (1, 0))
+    indices = indices[None, :, None].expand(*features.shape[:3], -1)  # [C, B, T', N_v / T' window^2]
+    return features.gather(3, indices).unflatten(3, (-1, window**2))
 
 
 class ConvBlock(nn.Module):
@@ -413,23 +407,23 @@ class ConvBlock(nn.Module):
     def depthwise_conv(self, x, grid, visible):
         """The depthwise 5 x 5 x 5 convolution at the visible tokens: [B, N_v, s, s, C] -> the same.
 
-        Equals map_to_tokens(depthwise(tokens_to_map(x, grid, visible)), grid) at the visible tokens, but computes no
-        others: at 90 % masking 10 to 20 times as fast on a CPU. Each window is multiplied by one matrix: the kernel's 5
-        temporal taps applied to one-hot images. Each tap's result is shifted in time, and all are summed. On a CPU it
-        runs in float32: oneDNN's bf16 weight gradient is wrong with channels-last input (torch 2.14, 2.15).
+        Equals map_to_tokens(depthwise(tokens_to_map(x, grid, visible)), grid) at the visible tokens, and computes
+        no others: at 90 % masking 10 to 20 times as fast on a CPU. Each window is multiplied by one matrix: the
+        kernel's 5 temporal taps applied to one-hot images. Each tap's result is shifted in time; all are summed.
         """
         with torch.autocast("cpu", enabled=False):
-            x = x.float() if x.device.type == "cpu" else x
+            x = x.float() if x.device.type == "cpu" else x  # oneDNN's bf16 gradient is wrong (torch 2.14, 2.15)
             if visible is None:
                 return map_to_tokens(self.depthwise(tokens_to_map(x, grid)), grid)
-            batch, time_steps, side, channels = len(x), grid[0], x.shape[2], x.shape[4]
-            windows, pixels = tube_windows(x, grid, visible, border=2), (side + 4) ** 2
-            one_hot_images = torch.eye(pixels, device=x.device).view(-1, 1, side + 4, side + 4)
-            matrices = F.conv2d(one_hot_images, self.depthwise.weight.view(-1, 1, 5, 5)).view(pixels, channels, -1)
+            batch, side, channels = len(x), x.shape[2], x.shape[4]
+            pixels = (side + 4) ** 2  # of a window
+            windows = tube_windows(x, grid, visible, border=2)
+            images = torch.eye(pixels, device=x.device).view(-1, 1, side + 4, side + 4)  # one-hot
+            matrices = F.conv2d(images, self.depthwise.weight.view(-1, 1, 5, 5)).view(pixels, channels, -1)
             taps = windows.flatten(1, 3) @ matrices.transpose(0, 1)  # [C, B N_v, 5 s^2]
-            taps = taps.view(channels, batch, time_steps, -1, 5, side, side).unbind(4)
-            shifted = (F.pad(tap, (0, 0, 0, 0, 0, 0, 2 - i, i - 2)) for i, tap in enumerate(taps)  # by 2 - i time steps
-                       if abs(2 - i) < time_steps)
+            taps = taps.view(channels, batch, grid[0], -1, 5, side, side).unbind(4)
+            shifted = [F.pad(tap, (0, 0, 0, 0, 0, 0, 2 - i, i - 2))  # by 2 - i time steps
+                       for i, tap in enumerate(taps) if abs(2 - i) < grid[0]]
             return sum(shifted).flatten(2, 3).movedim(0, -1) + self.depthwise.bias
 
     def forward(self, x, grid, visible):
@@ -440,13 +434,14 @@ class ConvBlock(nn.Module):
 class ConvViT(Encoder):
     """ConvMAE's hybrid encoder for video: two stages of masked convolutions, then ViT blocks.
 
-    `visible` must be the indices of a tube mask. `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's
-    pre-training; fine-tuning goes without it. Each patch embedding acts inside one token, so it is a matrix product.
-    For video [choice]: the first embedding spans the tubelet's frames; depthwise kernels are 5 x 5 x 5; grid and
-    position embedding are the ViT's.
+    `visible` must be indices of a tube mask. Each patch embedding acts inside one token: a matrix product.
+    For video [choice]: the first embedding spans the tubelet's frames; depthwise kernels are 5 x 5 x 5; grid
+    and position embedding are the ViT's. `fusion` adds stages 1 and 2 to stage 3's output, as in ConvMAE's
+    pre-training. Fine-tuning goes without it.
     """
 
-    def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True, drop_path=0.0):
+    def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True,
+                 drop_path=0.0):
         super().__init__(widths[2], frames, size, tubelet, patch)
         if patch % 4:
             raise CMAEVError(f"patch size {patch}: ConvViT needs a multiple of 4")
@@ -463,12 +458,13 @@ class ConvViT(Encoder):
         self.fusion2 = nn.Linear(4 * widths[1], widths[2]) if fusion else None
         self.norm = nn.LayerNorm(widths[2], eps=1e-6)
         for module in (self.patch_embed3, self.patch_embed4, self.blocks3):
-            module.apply(init_weights)  # the others are convolutions in ConvMAE, with PyTorch's initialisation
+            module.apply(init_weights)  # the others are convolutions in ConvMAE: PyTorch's initialisation
 
     def forward(self, clip, visible=None):
         x, positions = self.visible_cubes(clip, visible)
         tubelet, patch, _ = self.cube
-        x = x.unflatten(-1, (tubelet, 4, patch // 4, 4, patch // 4, 3)).permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+        x = x.unflatten(-1, (tubelet, 4, patch // 4, 4, patch // 4, 3))
+        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)  # [B, N_v, 4, 4, values]
 
         stage1 = F.gelu(self.embed_norms[0](self.patch_embed1(x)))  # [B, N_v, 4, 4, C1]
         for block in self.blocks1:
@@ -478,8 +474,8 @@ class ConvViT(Encoder):
         for block in self.blocks2:
             stage2 = block(stage2, self.grid, visible)
 
-        stage3 = F.gelu(self.embed_norms[2](self.patch_embed3(merge_2x2(stage2)))).flatten(1, 3)  # [B, N_v, D]
-        stage3 = self.patch_embed4(stage3) + positions
+        stage3 = F.gelu(self.embed_norms[2](self.patch_embed3(merge_2x2(stage2)))).flatten(1, 3)
+        stage3 = self.patch_embed4(stage3) + positions  # [B, N_v, D]
         for block in self.blocks3:
             stage3 = block(stage3)
 
@@ -492,7 +488,7 @@ class ConvViT(Encoder):
         super().check_mask(mask)
         tubes = mask.unflatten(1, (self.grid[0], -1))
         if (tubes != tubes[:, :1]).any():
-            raise CMAEVError("ConvViT needs a tube mask: the same positions masked at every time step (tube_mask)")
+            raise CMAEVError("ConvViT needs a tube mask: the same positions masked at every time step")
 
     def layers(self):
         """As VisionTransformer.layers; stages 1 and 2 and all embeddings are one layer [ConvMAE]."""
@@ -511,25 +507,21 @@ ENCODERS = {  # name: class, sizes
 
 
 def build_encoder(name, fusion=True, **geometry):
-    """Builds an encoder by name. `geometry`: frames, size, tubelet, patch, drop_path.
-
-    `fusion` False leaves out the multi-scale fusion of an encoder that has it.
-    """
+    """Builds an encoder by name. `fusion`: see ConvViT; `geometry`: frames, size, tubelet, patch, drop_path."""
     if name not in ENCODERS:
         raise CMAEVError(f"no encoder {name!r}: choose from {', '.join(ENCODERS)}")
     encoder, sizes = ENCODERS[name]
-    return encoder(**sizes | geometry | ({} if fusion or "fusion" not in sizes else {"fusion": False}))
+    if "fusion" in sizes:
+        sizes = sizes | {"fusion": fusion}
+    return encoder(**sizes | geometry)
 
 
-# =====================================================================================================================
-# 3  Decoder and heads
-# =====================================================================================================================
-
+# 3  Decoder and heads ---------------------------------------------------------------------------------------
 
 class PixelDecoder(nn.Module):
-    """VideoMAE's decoder: decoder(tokens [B, N_v, D], visible [B, N_v], masked [B, N_m]) -> cubes [B, N_m, values].
+    """VideoMAE's decoder: tokens [B, N_v, D], visible [B, N_v], masked [B, N_m] -> cubes [B, N_m, values].
 
-    4 blocks of half the encoder's width, 64 channels per head: VideoMAE's for ViT-S and B; ConvViT's too [choice].
+    4 blocks of half the encoder's width, 64 channels per head: VideoMAE's for ViT-S and B; else [choice].
     """
 
     def __init__(self, encoder, depth=4):
@@ -543,7 +535,7 @@ class PixelDecoder(nn.Module):
         self.head = nn.Linear(width, values)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)  # [choice] VideoMAE truncates it at one standard deviation
-        nn.init.normal_(self.head.weight, std=0.02)  # [choice] predictions start near the mean, the loss near 1
+        nn.init.normal_(self.head.weight, std=0.02)  # [choice] predictions start near 0, the loss near 1
 
     def forward(self, tokens, visible, masked):
         positions = self.positions.expand(len(tokens), -1, -1)
@@ -591,7 +583,7 @@ def sum_over_ranks(x):
 class AllReduce(torch.autograd.Function):
     """Sum over ranks, forward and backward, on every backend.
 
-    torch's SyncBatchNorm does not support CPU tensors, and torch.distributed.nn.functional cannot be compiled.
+    torch's SyncBatchNorm refuses CPU tensors, and torch.distributed.nn.functional cannot be compiled.
     """
 
     @staticmethod
@@ -634,13 +626,10 @@ class ProjectionHead(nn.Sequential):
         self.apply(init_weights)  # [choice] CMAE keeps PyTorch's initialisation
 
 
-# =====================================================================================================================
-# 4  Losses (float32, also under AMP)
-# =====================================================================================================================
-
+# 4  Losses (float32, also under AMP) ------------------------------------------------------------------------
 
 def standardize(x):
-    """Standardises normalised cubes per channel [VideoMAE] -> cubes [..., values], their mean and std [..., 1, 3].
+    """Standardises cubes per channel [VideoMAE] -> cubes [..., values], their mean and std [..., 1, 3].
 
     The variance is unbiased. VideoMAE adds 1e-6 to the std of pixels in [0, 1], which is 1e-6 / STD here.
     """
@@ -651,7 +640,7 @@ def standardize(x):
 
 
 def reconstruction_loss(prediction, clip, masked, grid):
-    """Equation 7: mean squared error of the predicted masked cubes, a mean over their values too -> float32 scalar.
+    """Equation 7: mean squared error of the predicted masked cubes over all their values -> float32 scalar.
 
     prediction [B, N_m, values]; clip [B, 3, T, H, W], normalised; masked indices [B, N_m]; grid (T', H', W').
     """
@@ -659,11 +648,11 @@ def reconstruction_loss(prediction, clip, masked, grid):
 
 
 def info_nce(query, key, temperature, video=None):
-    """Equations 4 and 5: cosine similarity and InfoNCE over the keys of all ranks, with the same B on each rank.
+    """Equations 4 and 5: cosine similarity and InfoNCE over the keys of all ranks, with the same B on each.
 
     query, key [B, C]; row i of both is the same clip; keys of other videos are negatives. `video`: int64 [B],
-    the index of each clip's video; without it all clips are from different videos. Returns the loss and the share of
-    queries whose most similar key is the positive; float32 scalars.
+    the index of each clip's video; without it all clips are from different videos. Returns the loss and the
+    share of queries whose most similar key is the positive; float32 scalars.
     """
     query, keys = F.normalize(query.float(), dim=1), gather_over_ranks(F.normalize(key.float(), dim=1))
     with torch.autocast(query.device.type, enabled=False):  # float64: a GPU computes float32 products in TF32
@@ -675,18 +664,16 @@ def info_nce(query, key, temperature, video=None):
     return F.cross_entropy(logits, positives), (logits.argmax(dim=1) == positives).float().mean()
 
 
-# =====================================================================================================================
-# 5  CMAE-V
-# =====================================================================================================================
-
+# 5  CMAE-V --------------------------------------------------------------------------------------------------
 
 class CMAEV(nn.Module):
-    """The whole method. model(online, target, mask) -> float32 scalars: loss, reconstruction, contrast, accuracy.
+    """The whole method. model(online, target, mask) -> a dict of losses.
 
-    online, target: normalised clips [B, 3, T, H, W]; mask: bool [B, N], on the CPU; video: see info_nce. pretrain.py
+    online, target: normalised clips [B, 3, T, H, W]; mask: bool [B, N], on the CPU; video: see info_nce. Losses:
+    loss, reconstruction, contrast and accuracy, float32 scalars; and the online feature [B, D]. pretrain.py
     applies augment_colors to the target, normalize to both, and calls update_target after each optimiser step.
-    `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): no target branch is built. Without a target, the
-    loss is the reconstruction. The result also holds the online feature [B, D]. `geometry`: see build_encoder.
+    `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): no target branch is built. Without a
+    target, the loss is the reconstruction. `geometry`: see build_encoder.
     """
 
     def __init__(self, encoder="vit_base", contrast_weight=0.14, temperature=0.07, **geometry):
@@ -715,10 +702,11 @@ class CMAEV(nn.Module):
                 target_feature = self.target_encoder(target).mean(dim=1)  # equation 3
             contrast, accuracy = self.contrastive_loss(feature, target_feature, video)  # equations 4 and 5
         loss = reconstruction + self.contrast_weight * contrast  # equation 8
-        return dict(loss=loss, reconstruction=reconstruction, contrast=contrast, accuracy=accuracy, feature=feature)
+        return dict(loss=loss, reconstruction=reconstruction, contrast=contrast, accuracy=accuracy,
+                    feature=feature)
 
     def contrastive_loss(self, feature, target_feature, video=None):
-        """Equations 4 and 5: heads and InfoNCE on the features [B, D] of both views -> loss, accuracy (see info_nce)."""
+        """Equations 4 and 5: heads and InfoNCE on both views' features [B, D] -> loss, accuracy."""
         if len(feature) * world_size() < 2:
             raise CMAEVError("InfoNCE needs two or more clips in the global batch")
         with torch.no_grad():
@@ -737,31 +725,28 @@ class CMAEV(nn.Module):
     def reconstruct(self, clip, mask):
         """Returns four clips in [0, 1], shaped as the normalised clip [B, 3, T, H, W].
 
-        The original; masked cubes filled with ImageNet's mean, with their own mean colour, and with the prediction.
-        The model predicts standardised cubes: their mean and standard deviation are taken from the original.
+        The original; masked cubes filled with ImageNet's mean, with their own mean colour, and with the
+        prediction, of standardised cubes: their mean and standard deviation are taken from the original.
         """
         self.encoder.check_mask(mask)
         visible, masked = visible_and_masked(mask, clip.device)
         prediction = self.decoder(self.encoder(clip, visible), visible, masked).float()
         original = cubes(clip, self.encoder.grid)
         _, mean, std = standardize(gather_tokens(original, masked))
-        pixels = prediction.unflatten(-1, (-1, 3))
-        clips = [original]
-        for filling in (torch.zeros_like(pixels), mean.expand_as(pixels), pixels * std + mean):
-            clips.append(original.scatter(1, masked[..., None].expand_as(prediction), filling.flatten(-2)))
-        return [to_unit_range(uncubes(x, self.encoder.grid, clip.shape[2:])).clamp(0, 1) for x in clips]
+        pixels, where = prediction.unflatten(-1, (-1, 3)), masked[..., None].expand_as(prediction)
+        fillings = [torch.zeros_like(pixels), mean.expand_as(pixels), pixels * std + mean]
+        filled = [original.scatter(1, where, filling.flatten(-2)) for filling in fillings]
+        clips = [uncubes(x, self.encoder.grid, clip.shape[2:]) for x in (original, *filled)]
+        return [to_unit_range(x).clamp(0, 1) for x in clips]
 
 
-# =====================================================================================================================
-# 6  The two views
-# =====================================================================================================================
-
+# 6  The two views -------------------------------------------------------------------------------------------
 
 def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
-    """Draws the frame indices of the two views of a video (paper, section 3) -> (online, target), int64 [frames] each.
+    """Draws the frame indices of the two views (paper, section 3) -> (online, target), int64 [frames] each.
 
-    Online: t1 + i * rate for i in 0 .. frames - 1. Target: the same plus delta, uniform on {0, ..., max_shift}. t1 is
-    uniform over all starts at which both views fit. If the video is too short, its last frame repeats [VideoMAE].
+    Online: t1 + i * rate, i < frames. Target: the same plus delta, uniform on {0, ..., max_shift}. t1 is uniform
+    over all starts at which both views fit. A video that is too short repeats its last frame [VideoMAE].
     """
     if min(num_frames, frames, rate) < 1 or max_shift < 0:
         raise CMAEVError(f"num_frames={num_frames}, frames={frames} and rate={rate} must be 1 or more, and "
@@ -776,9 +761,9 @@ def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
 def multi_scale_crop(height, width, generator=None):
     """Draws VideoMAE's multi-scale crop -> (top, left, height, width) in pixels.
 
-    Height and width are the short side times 1, .875, .75 or .66, at most one step apart. The offset is one of 13, in
-    quarters of the margin: corners, centre, edge middles and the four quarter points. [choice]: VideoMAE rounds
-    the quarter down, which misses the far edges by up to 3 pixels, and sides of 222 to 226 become 224.
+    Height and width are the short side times 1, .875, .75 or .66, at most one step apart. The offset is one
+    of 13, in quarters of the margin: corners, centre, edge middles, quarter points. [choice]: VideoMAE rounds
+    the quarter down, which misses the far edges by up to 3 pixels, and turns sides of 222 to 226 into 224.
     """
     sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
     sizes = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
@@ -794,7 +779,7 @@ LUMA = 0.299, 0.587, 0.114  # of red, green and blue
 def draw_colors():
     """Draws the target view's colour augmentation of one clip [CMAE] -> float32 [11], see color_parameters.
 
-    ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2, Gaussian blur of sigma 0.1 to 2 with 0.5.
+    ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8, grey with 0.2, blur of sigma 0.1 to 2 with 0.5.
     """
     brightness = contrast = saturation = torch.ones(())
     hue, sigma = torch.zeros(()), torch.tensor(0.01)  # sigma 0.01: no blur
@@ -809,34 +794,34 @@ def draw_colors():
 
 
 def color_parameters(brightness, contrast, saturation, hue, sigma):
-    """Returns float32 [11]: a 3 x 3 colour matrix, the weight of the clip's mean luma, the blur's sigma in pixels.
+    """Returns float32 [11]: 3 x 3 colour matrix, weight of the clip's mean luma, the blur's sigma in pixels.
 
-    Takes scalars: torchvision's factors, hue as a fraction of a full turn. All but the blur form one affine map, in
-    argument order, clamped once [choice]: hue rotates the IQ plane, contrast mixes in the clip's mean luma. torchvision
-    uses a random order, shifts hue in HSV, takes each frame's mean, and clamps after each. The two hues differ
-    by as much as the operation moves a pixel.
+    Takes scalars: torchvision's factors, hue as a fraction of a full turn. All but the blur form one affine
+    map, in argument order, clamped once [choice]: hue rotates the IQ plane, contrast mixes in the clip's mean
+    luma. torchvision uses a random order, shifts hue in HSV, takes each frame's mean, and clamps after each.
+    The two hues differ by as much as the operation moves a pixel.
     """
-    yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+    rgb_to_yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
-    turn_hue = torch.eye(3)
-    turn_hue[1:, 1:] = torch.stack([cos, sin, -sin, cos]).view(2, 2)  # by -2 pi hue, HSV's direction
-    saturate = torch.lerp(yiq[:1].expand(3, 3), torch.eye(3), saturation)
-    matrix = brightness * contrast * yiq.inverse() @ turn_hue @ yiq @ saturate
+    rotate = torch.tensor([(1, 0, 0), (0, cos, sin), (0, -sin, cos)])  # by -2 pi hue, HSV's direction
+    saturate = torch.lerp(torch.tensor(3 * [LUMA]), torch.eye(3), saturation)
+    matrix = brightness * contrast * rgb_to_yiq.inverse() @ rotate @ rgb_to_yiq @ saturate
     return torch.cat([matrix.flatten(), torch.stack([brightness * (1 - contrast), sigma])])
 
 
 def augment_colors(clips, colors):
-    """Applies each clip's colours to all of its frames: uint8 [B, T, 3, S, S], float32 [B, 11] -> float32 in 0..255."""
-    matrix, luma_weight, sigma = colors.repeat_interleave(clips.shape[1], dim=0).split([9, 1, 1], dim=1)  # per frame
+    """Applies the colours float32 [B, 11] to clips: uint8 [B, T, 3, S, S] -> the same, float32 in 0..255."""
+    frames = clips.shape[1]
+    matrix, luma_weight, sigma = colors.repeat_interleave(frames, dim=0).split([9, 1, 1], dim=1)  # per frame
     x = clips.flatten(3).float()  # [B, T, 3, S^2]
     luma = sum(weight * mean for weight, mean in zip(LUMA, x.mean(dim=(1, 3)).unbind(1)))  # [B]
-    offset = luma_weight * luma.repeat_interleave(clips.shape[1])[:, None]
+    offset = luma_weight * luma.repeat_interleave(frames)[:, None]
     x = torch.baddbmm(offset[..., None], matrix.view(-1, 3, 3), x.flatten(0, 1))
-    return blur(x.clamp_(0, 255).view_as(clips), sigma[::clips.shape[1]])
+    return blur(x.clamp_(0, 255).view_as(clips), sigma[::frames])
 
 
 def blur(x, sigma):
-    """13-tap Gaussian blur by one matrix product over rows and one over columns: [B, T, 3, S, S], sigma [B, 1].
+    """13-tap Gaussian blur by a matrix product over rows and one over columns: [B, T, 3, S, S], sigma [B, 1].
 
     At the borders the kernel is renormalised over the pixels inside.
     """
@@ -850,13 +835,11 @@ def blur(x, sigma):
 
 
 def log_bad_video(path, reason, log=None):
-    """Prints a bad video and appends it to the JSON lines of the file `log`, which all workers share, once per path."""
+    """Prints a bad video and appends it, once per path, to the JSON lines of all workers' file `log`."""
     if log:
+        start = json.dumps(dict(path=path))[:-1]
         with open(log, "a+", errors="replace") as file:
-            with contextlib.suppress(OSError, AttributeError):  # there are no file locks here
-                fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            start = json.dumps(dict(path=path))[:-1]
             if any(line.startswith(start) for line in file):
                 return
             print(json.dumps(dict(path=path, reason=reason)), file=file)
@@ -866,16 +849,16 @@ def log_bad_video(path, reason, log=None):
 class VideoClips(Dataset):
     """Base dataset: dataset[epoch, index] -> dict of tensors, a pure function of (seed, epoch, index).
 
-    `videos`: from read_list. A subclass defines `sample`. A bad video is replaced by another one, which is drawn from
-    (seed, epoch, index, attempt). The file `log` then lists it, and "replaced", bool [clips], is True in the sample.
-    Raises CMAEVError after ten bad videos in a row.
+    `videos`: from read_list. A subclass defines `sample`. A bad video is listed in the file `log` and another
+    one, drawn from (seed, epoch, index, attempt), replaces it: "replaced", bool [clips], is then True. Raises
+    BadVideo after `attempts` bad videos in a row.
     """
 
     attempts = 10
 
     def __init__(self, videos, seed=0, log=None):
-        is_path = lambda x: isinstance(x, (str, os.PathLike))
-        if is_path(videos) or videos and is_path(videos[0]):
+        path_types = str, os.PathLike
+        if isinstance(videos, path_types) or (videos and isinstance(videos[0], path_types)):
             raise CMAEVError(f"videos are {str(videos):.60}, not (path, label) pairs: give read_list(path)")
         self.videos, self.seed, self.log = videos, seed, log
 
@@ -886,25 +869,23 @@ class VideoClips(Dataset):
         if not isinstance(key, tuple) or len(key) != 2 or key[0] < 0 or not 0 <= key[1] < len(self.videos):
             raise CMAEVError(f"no sample {key}: give dataset[epoch, index], epoch from 0, index 0 to "
                              f"{len(self) - 1}, and a DataLoader sampler=[(epoch, index), ...]")
-        draw, index = key, key[1]
-        for attempt in range(self.attempts):
-            if attempt:
-                draw = *key, attempt
-                with seeded(self.seed, *draw) as generator:
-                    index = int(torch.randint(len(self.videos), (), generator=generator))
+        index, draw = key[1], key
+        for attempt in range(1, self.attempts + 1):
             path, label = self.videos[index]
             try:
-                sample, replaced = self.read_sample(path, label, index, *draw), attempt > 0
-                break
+                sample = self.read_sample(path, label, index, *draw)
+                clips, *_ = sample.values()
+                return sample | {"replaced": torch.full((len(clips),), attempt > 1)}
             except BadVideo as error:
                 reason = last_line(error)
-                log_bad_video(path, reason, self.log)
-        else:
-            sample, replaced = self.no_sample(label, index, reason), True
-        return sample | {"replaced": torch.full((len(next(iter(sample.values()))),), replaced)}
+            log_bad_video(path, reason, self.log)
+            draw = *key, attempt
+            with seeded(self.seed, *draw) as generator:
+                index = int(torch.randint(len(self.videos), (), generator=generator))
+        raise BadVideo(f"ten videos in a row cannot be read, the last one: {reason}")
 
     def read_sample(self, path, label, index, *draw):
-        """Returns `sample` of a file, drawn from (seed, *draw); again where a read corrects the file's length."""
+        """Returns `sample` of a file, drawn from (seed, *draw)."""
         video = Video(path)
         while True:
             length = len(video)
@@ -914,16 +895,14 @@ class VideoClips(Dataset):
             except BadVideo:
                 if len(video) == length:
                     raise
-
-    def no_sample(self, label, index, reason):
-        raise CMAEVError(f"ten videos in a row cannot be read, the last one: {reason}")
+                # else the read has corrected the file's length: draw again
 
 
 class PretrainClips(VideoClips):
     """The two views of each video and their tube mask.
 
-    `grid`: the encoder's token grid. `repeats`: clips per opened video, each with its own start, shift, crop and mask
-    [mae_st]. dataset[epoch, index], R = repeats, S = size:
+    `grid`: the encoder's token grid. `repeats`: clips per opened video, each with its own start, shift, crop
+    and mask [mae_st]. dataset[epoch, index], R = repeats, S = size:
         online    uint8 [R, T, 3, S, S]   the view to be masked
         target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`, like colors and video
         colors    float32 [R, 11]         the target's colour augmentation (draw_colors)
@@ -932,32 +911,32 @@ class PretrainClips(VideoClips):
         replaced  bool [R]                see VideoClips
     """
 
-    def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1, seed=0,
-                 two_views=True, log=None):
+    def __init__(self, videos, grid, frames=16, rate=4, max_shift=8, size=224, mask_ratio=0.9, repeats=1,
+                 seed=0, two_views=True, log=None):
         super().__init__(videos, seed, log)
         tube_mask(1, grid, mask_ratio)  # raises CMAEVError for a ratio that masks nothing or all
-        self.grid, self.mask_ratio, self.repeats, self.two_views = grid, mask_ratio, repeats, two_views
-        self.frames, self.rate, self.max_shift, self.size = frames, rate, max_shift, size
+        self.grid, self.mask_ratio, self.repeats = grid, mask_ratio, repeats
+        self.frames, self.rate, self.max_shift = frames, rate, max_shift
+        self.size, self.two_views = size, two_views
 
     def sample(self, video, label, index, generator):
-        indices = torch.stack([torch.stack(temporal_shift_indices(
-            len(video), self.frames, self.rate, self.max_shift, generator)) for _ in range(self.repeats)])  # [R, 2, T]
-        if not self.two_views:
-            indices = indices[:, :1]
-        frames = video.frames(indices.flatten())  # decodes all of them in one pass
-        views = torch.stack([self.crop([frames[i] for i in clip.flatten().tolist()], generator).unflatten(0, clip.shape)
-                             for clip in indices])  # [R, 2, T, 3, S, S]
-        sample = {"online": views[:, 0], "mask": tube_mask(self.repeats, self.grid, self.mask_ratio, generator)}
+        clips = []  # the frame indices of each clip's views, one after the other
+        for _ in range(self.repeats):
+            views = temporal_shift_indices(len(video), self.frames, self.rate, self.max_shift, generator)
+            clips.append(torch.cat(views if self.two_views else views[:1]).tolist())
+        frames = video.frames(sum(clips, []))  # {index: uint8 [H, W, 3]}, decoded in one pass
+        pixels = []
+        for clip in clips:  # the same crop for both views
+            top, left, height, width = multi_scale_crop(*frames[clip[0]].shape[:2], generator)
+            crops = torch.stack([frames[i][top:top + height, left:left + width] for i in clip]).movedim(-1, 1)
+            pixels.append(v2.functional.resize(crops, [self.size, self.size], antialias=True))
+        pixels = torch.stack(pixels).unflatten(1, (-1, self.frames))  # [R, 2 or 1, T, 3, S, S]
+        mask = tube_mask(self.repeats, self.grid, self.mask_ratio, generator)
+        sample = dict(online=pixels[:, 0], mask=mask)
         if self.two_views:
-            sample.update(target=views[:, 1], colors=torch.stack([draw_colors() for _ in range(self.repeats)]),
-                          video=torch.full((self.repeats,), index))
+            colors = torch.stack([draw_colors() for _ in range(self.repeats)])
+            sample |= dict(target=pixels[:, 1], colors=colors, video=torch.full((self.repeats,), index))
         return sample
-
-    def crop(self, frames, generator):
-        """Crops the frames of both views with one random crop and resizes: n times uint8 [H, W, 3] -> [n, 3, S, S]."""
-        top, left, height, width = multi_scale_crop(*frames[0].shape[:2], generator)
-        views = torch.stack([frame[top:top + height, left:left + width] for frame in frames]).movedim(-1, 1)
-        return v2.functional.resize(views, [self.size, self.size], antialias=True)
 
 
 # =====================================================================================================================

@@ -178,11 +178,16 @@ class LabelledClips(cmaev.VideoClips):
         to_views = (lambda clip: [self.augment(clip)]) if self.augment else self.test_crops
         return self.labelled(torch.stack([view for clip in clips for view in to_views(clip)]), label, index)
 
-    def no_sample(self, label, index, reason):
-        if self.augment:
-            return super().no_sample(label, index, reason)
-        views = self.segments * self.crops, self.frames, 3, self.size, self.size
-        return self.labelled(torch.zeros(views, dtype=torch.uint8), label, index)
+    def __getitem__(self, key):
+        try:
+            return super().__getitem__(key)
+        except cmaev.BadVideo:
+            if self.augment:
+                raise
+        num_views, index = self.segments * self.crops, key[1]
+        black = torch.zeros(num_views, self.frames, 3, self.size, self.size, dtype=torch.uint8)
+        sample = self.labelled(black, self.videos[index][1], index)
+        return sample | {"replaced": torch.ones(num_views, dtype=torch.bool)}
 
     def labelled(self, clips, label, index):
         return {"clip": clips, "label": torch.full((len(clips),), -1 if label is None else label),

@@ -24,13 +24,13 @@ from torchvision.utils import make_grid
 DEMO = "data/demo/train.txt"
 METRICS = ("loss", "reconstruction", "contrast", "accuracy")
 
-# Differences from the flags' defaults, which are the paper's for K400; see README, "Where the paper is silent"
+# Differences from the flags' defaults, the paper's for K400; see README, "Where the paper is silent"
 RECIPES = {
-    "demo": dict(data=DEMO, out="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=56, patch=8, mask_ratio=0.8,
-                 momentum=0.99, epochs=45, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50, save_every=250,
-                 picture_every=250),
-    "small": dict(out="runs/pretrain-small", encoder="vit_small", size=112, patch=8, epochs=200, warmup_epochs=20,
-                  batch_size=256, micro_batch=64),
+    "demo": dict(data=DEMO, out="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=56, patch=8,
+                 mask_ratio=0.8, momentum=0.99, epochs=45, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50,
+                 save_every=250, picture_every=250),
+    "small": dict(out="runs/pretrain-small", encoder="vit_small", size=112, patch=8, epochs=200,
+                  warmup_epochs=20, batch_size=256, micro_batch=64),
     "k400": dict(out="runs/pretrain-k400"),
     "ssv2": dict(out="runs/pretrain-ssv2", rate=2, max_shift=4),
 }
@@ -109,27 +109,29 @@ def read_videos(s):
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give at least 2")
     cmaev.micro_batches(s, s.repeats)
     if not s.data:
-        raise cmaev.CMAEVError(f"the recipe {s.recipe} needs --data: a list (`path label` per line) or class folders")
+        raise cmaev.CMAEVError(f"the recipe {s.recipe} needs --data: a list (`path label` per line) or class "
+                               "folders")
     s.data, val = cmaev.split_folder(s.data)
     s.val = s.val or val
     videos = cmaev.subset(cmaev.read_list(s.data), s.subset, s.seed)
     if len(videos) * s.repeats < s.batch_size:
-        raise cmaev.CMAEVError(f"{cmaev.flag(s, 'batch_size')}: give no more than the {len(videos) * s.repeats}"
-                               f" clips that the {len(videos)} videos of {s.data} give")
+        raise cmaev.CMAEVError(f"{cmaev.flag(s, 'batch_size')}: give no more than the {len(videos) * s.repeats} "
+                               f"clips that the {len(videos)} videos of {s.data} give")
     cmaev.check_readable(videos)
     return videos
 
 
 def build(s, device):
-    """Settings -> model, optimizer, scaler, and train_step(feed) -> losses, gradient norm, number of replaced clips."""
+    """Settings -> model, optimizer, scaler, and train_step(feed) -> losses, gradient norm, replaced clips."""
     torch.manual_seed(s.seed)
-    model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature, fusion=s.fusion, frames=s.frames, size=s.size,
-                        tubelet=s.tubelet, patch=s.patch)
+    model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature, fusion=s.fusion, frames=s.frames,
+                        size=s.size, tubelet=s.tubelet, patch=s.patch)
     if s.init != "none":
         cmaev.load_encoder(s.init, model.encoder, model.decoder)
         model.update_target(0.0)  # a copy
     model.to(device)
-    optimizer = torch.optim.AdamW(cmaev.decay_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), fused=True)
+    groups = cmaev.decay_groups(model, s.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True)
     dtype = cmaev.amp_dtype(s.amp, device)
     scaler = cmaev.grad_scaler(dtype, device)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
@@ -140,7 +142,7 @@ def build(s, device):
     normalize, augment_colors = compiled(cmaev.normalize), compiled(cmaev.augment_colors)
 
     def model_inputs(batch):
-        """The feed's uint8 clips -> the model's arguments. A batch without a target gives the reconstruction alone."""
+        """The feed's dict of uint8 clips -> the model's arguments. It may have no target (see CMAEV)."""
         online, target = normalize(batch["online"]), batch.get("target")
         if target is not None:
             target = normalize(augment_colors(target, batch["colors"]) if s.color_augment else target)
@@ -156,8 +158,8 @@ def build(s, device):
             replaced = batch["replaced"].sum()
         else:
             micro_batches = (next(feed) for _ in range(num_micro_batches))
-            losses, replaced = backward_in_micro_batches(model, parallel, two_features, micro_batches, model_inputs,
-                                                         scaler, autocast)
+            losses, replaced = backward_in_micro_batches(
+                model, parallel, two_features, micro_batches, model_inputs, scaler, autocast)
         grad_norm = cmaev.optimizer_step(model.parameters(), optimizer, scaler, dtype, s.clip_grad)
         model.update_target(s.momentum)
         return losses, grad_norm, replaced
@@ -165,13 +167,13 @@ def build(s, device):
 
 
 def backward_in_micro_batches(model, parallel, two_features, micro_batches, model_inputs, scaler, autocast):
-    """Backward pass of a batch in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
+    """Backward pass in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
 
     `parallel`: the model, or DDP around it; `two_features`: `features`, or its compiled form.
-    Gradient accumulation gives another gradient, since InfoNCE and the heads' batch norm couple all clips. But L_c
-    depends on the encoder only through the online features f of the clips. Let g be the gradient of lambda_c L_c with
-    respect to f. Then <f, g> has the same gradient with respect to the encoder, and it is a sum over clips. The cost:
-    the encoder runs twice on its visible tokens.
+    Gradient accumulation gives another gradient: InfoNCE and the heads' batch norm couple all clips. But L_c
+    sees the encoder only through the online features f of the clips. Let g be the gradient of lambda_c L_c with
+    respect to f. Then <f, g> has the same gradient with respect to the encoder, and it is a sum over clips.
+    The cost: the encoder runs twice on its visible tokens.
     """
     weight, replaced = model.contrast_weight, 0
     kept, feature_rows = [], []
@@ -229,8 +231,9 @@ def main():
     model, optimizer, scaler, train_step = build(s, device)
     sampling = dict(grid=model.encoder.grid, frames=s.frames, rate=s.rate, max_shift=s.max_shift, size=s.size,
                     mask_ratio=s.mask_ratio, log=run / "bad-videos.jsonl")
-    clips = cmaev.PretrainClips(videos, repeats=s.repeats, seed=s.seed, two_views=s.contrast_weight > 0, **sampling)
-    held_out = cmaev.PretrainClips(held_out_videos, two_views=False, **sampling)  # seed 0: the same for every --seed
+    clips = cmaev.PretrainClips(videos, **sampling, repeats=s.repeats, seed=s.seed,
+                                two_views=s.contrast_weight > 0)
+    held_out = cmaev.PretrainClips(held_out_videos, **sampling, two_views=False)  # of seed 0 for every --seed
     videos_per_step = s.batch_size // s.repeats
     per_epoch = len(videos) * s.repeats // s.batch_size
     steps = s.epochs * per_epoch
@@ -242,15 +245,16 @@ def main():
     if start == steps:
         return cmaev.print0(f"{run} is finished, all {steps} steps: for another run, give another --out")
     parameters = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-    cmaev.print0(f"{s.encoder}, {parameters:.1f} M parameters; {len(videos)} videos, {steps} steps of {s.batch_size} "
-                 f"clips; {cmaev.world_size()} x {device.type}, {cmaev.amp_dtype(s.amp, device) or torch.float32}"
+    precision = cmaev.amp_dtype(s.amp, device) or torch.float32
+    cmaev.print0(f"{s.encoder}, {parameters:.1f} M parameters; {len(videos)} videos, {steps} steps of "
+                 f"{s.batch_size} clips; {cmaev.world_size()} x {device.type}, {precision}"
                  + (f"; continuing from step {start}" if start else ""))
     cmaev.note_weak_settings(s, steps)
     tubes = math.prod(model.encoder.grid[1:])
     visible = tubes - int(s.mask_ratio * tubes)
     if visible < 10:
-        cmaev.print0(f"warning: only {visible} of {tubes} tubes are visible (in the paper 20 of 196), a harder task: "
-                     "give a smaller --patch, a larger --size or a lower --mask-ratio")
+        cmaev.print0(f"warning: only {visible} of {tubes} tubes are visible (in the paper 20 of 196), a "
+                     "harder task: give a smaller --patch, a larger --size or a lower --mask-ratio")
 
     def save_run(step):
         if cmaev.this_rank() == 0:
@@ -258,7 +262,8 @@ def main():
         cmaev.save_checkpoint(run, step, state)
 
     received = cmaev.notice_signals()
-    order = cmaev.batches(len(videos), videos_per_step, steps, s.seed, start, cmaev.micro_batches(s, s.repeats))
+    num_micro_batches = cmaev.micro_batches(s, s.repeats)
+    order = cmaev.batches(len(videos), videos_per_step, steps, s.seed, start, num_micro_batches)
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=order), device)
     for step in range(start, steps):
         lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
@@ -269,7 +274,7 @@ def main():
         last = done == steps
         if done > 1 and done % s.log_every and not last:
             continue
-        due = lambda every: every > 0 and (last or done // every > meter.step // every)  # since the last log line
+        due = lambda every: every > 0 and (last or done // every > meter.step // every)  # since the last line
         save, draw, stop = due(s.save_every), due(s.picture_every), received()
         record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
         record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
@@ -288,9 +293,9 @@ def main():
             save_run(done)
         if stop and not last:
             cmaev.stop_run(stop, done)
-    cmaev.print0(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; {record['bad_clips']} "
-                 f"of {steps * s.batch_size} clips were of bad videos, {record['skipped_steps']} of {steps} steps were "
-                 "skipped")
+    cmaev.print0(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; "
+                 f"{record['bad_clips']} of {steps * s.batch_size} clips were of bad videos, "
+                 f"{record['skipped_steps']} of {steps} steps were skipped")
 
 
 @torch.no_grad()
@@ -299,9 +304,9 @@ def held_out_reconstruction(model, clips, s, device):
     total, dtype = torch.zeros(2, dtype=torch.float64, device=device), cmaev.amp_dtype(s.amp, device)
     batch = s.micro_batch or s.batch_size // cmaev.world_size()
     for sample in cmaev.loader(clips, s.workers, device, batch_size=batch, sampler=cmaev.rank_indices(clips)):
-        clip, mask = cmaev.normalize(sample["online"][:, 0].to(device, non_blocking=True)), sample["mask"][:, 0]
+        clip = cmaev.normalize(sample["online"][:, 0].to(device, non_blocking=True))
+        visible, masked = cmaev.visible_and_masked(sample["mask"][:, 0], device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            visible, masked = cmaev.visible_and_masked(mask, device)
             prediction = model.decoder(model.encoder(clip, visible), visible, masked)
             loss = cmaev.reconstruction_loss(prediction, clip, masked, model.encoder.grid)
         total += torch.stack([loss * len(clip), loss.new_tensor(len(clip))])
@@ -310,14 +315,15 @@ def held_out_reconstruction(model, clips, s, device):
 
 
 def picture(model, clips, device, count=3, columns=8):
-    """Frames of the first videos, four rows each: original, masked, mean colours, reconstructed -> uint8 [3, H, W].
+    """Draws the first videos: original, masked, mean colours, reconstructed, one row each -> uint8 [3, H, W].
 
     Small frames are enlarged.
     """
     samples = [clips[0, index] for index in range(min(count, len(clips)))]
     online = cmaev.normalize(torch.stack([sample["online"][0] for sample in samples]).to(device))
     rows = model.reconstruct(online, torch.stack([sample["mask"][0] for sample in samples]))
-    frames = torch.stack(rows, dim=1).transpose(2, 3)[:, :, ::-(-online.shape[2] // columns)]  # [clip, row, T, 3, H, W]
+    frames = torch.stack(rows, dim=1).transpose(2, 3)  # [clip, row, T, 3, H, W]
+    frames = frames[:, :, ::math.ceil(frames.shape[2] / columns)]
     scale = max(1, 112 // online.shape[-1])
     enlarged = frames.flatten(0, 2).repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
     return (make_grid(enlarged, nrow=frames.shape[2]) * 255).round().byte().cpu()
