@@ -565,21 +565,6 @@ def gather_over_ranks(x):
     return torch.cat(rows)
 
 
-def objects_of_ranks(value):
-    """Gathers a Python object of each rank -> list."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def sum_over_ranks(x):
-    """Sum of a tensor over the ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
 class AllReduce(torch.autograd.Function):
     """Sum over ranks, forward and backward, on every backend.
 
@@ -1696,6 +1681,21 @@ def load_weights(module, state, path, advice=""):
 # =====================================================================================================================
 # 9  Training: what both scripts share
 # =====================================================================================================================
+
+
+def objects_of_ranks(value):
+    """Gathers a Python object of each rank -> list."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(x):
+    """Sum of a tensor over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def number(kind, interval):
