@@ -824,6 +824,9 @@ def log_bad_video(path, reason, log=None):
     if log:
         start = json.dumps(dict(path=path))[:-1]
         with open(log, "a+", errors="replace") as file:
+            with contextlib.suppress(ImportError, OSError):  # there are no file locks here
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             if any(line.startswith(start) for line in file):
                 return
