@@ -52,12 +52,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows: this module, the model and --workers 0 work there, decoding processes do not
-    fcntl = resource = None
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in VideoMAE
 
 
@@ -1802,7 +1796,6 @@ def run_script(main):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each killed worker
             for worker in workers:
                 worker.kill()
-        unlock_runs()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1905,7 +1898,6 @@ def ignore_signals(worker):
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    unlock_runs()
 
 
 def worker_count(workers, device):
@@ -2118,11 +2110,15 @@ class Meter:
 
 
 def peak_memory(device):
-    """Peak MiB of the device's allocated memory; on a CPU of the process's resident memory."""
+    """Peak MiB of the device's allocated memory; on a CPU of the process's resident memory (Windows: NaN)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20 if resource else math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def write_png(image, path):
@@ -2165,26 +2161,19 @@ def open_run(folder, settings, free, videos, **about):
             json.dump(record, file, indent=1)
 
 
-LOCKS = []  # open files of the folders that this process trains in
-
-
 def lock_run(folder):
-    """Locks a run's folder until this process ends, however it ends. Raises CMAEVError if another one holds it."""
-    if fcntl is None:
-        return
-    LOCKS.append(open(Path(folder) / "lock", "a"))
+    """Locks a run's folder until this process ends, however it ends. Raises CMAEVError if another one holds it.
+
+    Workers do not inherit this lock, unlike flock's. The file stays open: closing it would release the lock.
+    """
+    descriptor = os.open(f"{folder}/lock", os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise CMAEVError(f"{folder} is in use by another process: wait for its end, or give another --out") from None
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # Windows; a file system without locks
         pass
-
-
-def unlock_runs():
-    """Releases this process's locks; in a worker, its copies of the trainer's."""
-    while LOCKS:
-        LOCKS.pop().close()
 
 
 def save_checkpoint(run, step, state, name="checkpoint.pt"):

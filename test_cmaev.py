@@ -1817,7 +1817,6 @@ def test_without_what_windows_lacks(demo, tmp_path, monkeypatch):
     """The module, and a run without decoding processes."""
     for name in ("fcntl", "resource"):
         monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.setattr(cmaev, name, None)
     for name in ("SIGKILL", "SIGCHLD"):
         monkeypatch.delattr(signal, name)
     spec = importlib.util.spec_from_file_location("cmaev_elsewhere", cmaev.__file__)
