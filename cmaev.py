@@ -1701,9 +1701,9 @@ def number(kind, interval):
 
     def parse(text):
         value = kind(text)
-        if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
-            raise argparse.ArgumentTypeError(f"{text}: give a number in {interval}")
-        return value
+        if low < value < high or (value == low and "[" in interval) or (value == high and "]" in interval):
+            return value
+        raise argparse.ArgumentTypeError(f"{text}: give a number in {interval}")
     parse.__name__ = kind.__name__  # argparse names it where the text is not a number
     return parse
 
@@ -1712,78 +1712,72 @@ COUNT, WHOLE, POSITIVE = number(int, "[1, inf)"), number(int, "[0, inf)"), numbe
 NOT_NEGATIVE, SHARE, BELOW_ONE = number(float, "[0, inf)"), number(float, "[0, 1]"), number(float, "[0, 1)")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows default values in --help, except for empty ones."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
-
-
 def argument_parser(text):
-    """Returns an argparse parser with the first line of a script's docstring."""
-    return argparse.ArgumentParser(description=text.splitlines()[0], formatter_class=Help, allow_abbrev=False)
+    """Makes an argparse parser with the first line of a script's docstring."""
+    return argparse.ArgumentParser(description=text.splitlines()[0], allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def parse_settings(parser, recipes, argv):
-    """Parses the command line -> settings, the set of names of the flags that were given.
+    """Parses the command line -> settings, a Namespace.
 
     The values of --recipe, one dict per recipe, replace the parser's defaults. --data clears the recipe's --val.
-    settings.overridden holds the recipe's values of the flags that were given.
+    settings.overridden: the given flags' names, with the values that they had without being given.
     Raises CMAEVError for a wrong flag or value, for --data without --recipe and for --val without --data.
     """
     def fail(message):
         raise CMAEVError(f"{message} (--help lists the settings)")
-    parser.error, first = fail, argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # finds the recipe
     for each in (first, parser):
-        each.add_argument("--recipe", default="demo", help=f"fills all settings: {', '.join(recipes)}")
-    recipe = first.parse_known_args(argv)[0].recipe
-    if recipe not in recipes:
-        fail(f"--recipe {recipe}: give {', '.join(recipes)}")
-    parser.set_defaults(**recipes[recipe])
+        each.error = fail
+        each.add_argument("--recipe", choices=recipes, default="demo", help="fills all settings")
+    parser.set_defaults(**recipes[first.parse_known_args(argv)[0].recipe])
     settings = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(settings), parser))  # a mark that only given flags replace
-    by_hand = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not parser}
-    settings.overridden = {name: parser.get_default(name) for name in sorted(by_hand)}
-    from_run = by_hand & {"eval", "predict", "features"}  # they take the settings of the run or the weights
-    if "data" in by_hand and "recipe" not in by_hand and not from_run:
-        fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 (of 224x224, "
-             "sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 56x56)")
-    if "val" in by_hand and "data" not in by_hand and not from_run:
-        fail("--val without --data: give both")
-    if "data" in by_hand and "val" not in by_hand:
+    given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not parser}
+    settings.overridden = {name: parser.get_default(name) for name in sorted(given)}
+    if not given & {"eval", "predict", "features"}:  # these take the settings of the run or of the weights
+        if "data" in given and "recipe" not in given:
+            fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 (of "
+                 "224x224, sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 56x56)")
+        if "val" in given and "data" not in given:
+            fail("--val without --data: give both")
+    if "data" in given and "val" not in given:
         settings.val = ""
     if settings.warmup_epochs >= settings.epochs:
         fail(f"{flag(settings, 'warmup_epochs')}: give less than {flag(settings, 'epochs')}")
-    return settings, by_hand
+    return settings
 
 
 def flag(s, name):
     """How an error names a flag: "--lr 0.1", or "the recipe's --lr 0.1" if the user did not give it."""
-    whose = "" if name in s.overridden else "the recipe's "
-    return f"{whose}--{name.replace('_', '-')} {getattr(s, name)}"
+    text = f"--{name.replace('_', '-')} {getattr(s, name)}"
+    return text if name in s.overridden else f"the recipe's {text}"
 
 
-def check_paths(s, *names):
-    """Raises CMAEVError if one of these flags gives a path that does not exist."""
-    for name in names:
-        if getattr(s, name) not in ("", "none") and not os.path.exists(getattr(s, name)):
-            what = "file of weights" if name == "init" else "list"
+def check_paths(s):
+    """Raises CMAEVError if --data, --val or --init gives a path that does not exist."""
+    for name, what in dict(data="list", val="list", init="file of weights").items():
+        path = getattr(s, name)
+        if path not in ("", "none") and not os.path.exists(path):
             advice = "correct it" if name in s.overridden else f"run pretrain.py first, or give --{name}"
             raise CMAEVError(f"{flag(s, name)}: no such {what} or folder: {advice}")
 
 
 def run_script(main):
-    """Runs a script's main(). Errors that the user can fix print one line; Ctrl-C prints nothing."""
+    """Runs a script's main(). An error that the user can fix ends it in one line, Ctrl-C in none."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         main()
     except (CMAEVError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints its message below its own traceback
-            about = dict(py_callstack=last_line(error), timestamp=str(int(time.time())))
-            Path(file).write_text(json.dumps({"message": {"message": last_line(error), "extraInfo": about}}))
-        sys.exit(f"error{f' on rank {this_rank()}' if this_rank() else ''}: {last_line(error)}")
+        message, report = last_line(error), os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if report:  # torchrun prints it below its own traceback
+            about = dict(py_callstack=message, timestamp=str(int(time.time())))
+            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
+        rank = f" on rank {this_rank()}" if this_rank() else ""
+        sys.exit(f"error{rank}: {message}")
     except RuntimeError as error:
         if not re.search(r"(out of|insufficient) shared memory|unable to .*</?torch_|Bus error", str(error)):
             raise
@@ -1792,10 +1786,11 @@ def run_script(main):
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        if workers := multiprocessing.active_children():
+        workers = multiprocessing.active_children()
+        if workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each killed worker
-            for worker in workers:
-                worker.kill()
+        for worker in workers:
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1803,18 +1798,19 @@ def run_script(main):
 def join_ranks():
     """Joins the process group of torchrun or SLURM, if there is one -> this rank's device."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: memory in pages of 2 MiB instead of 4 KiB
+    from_launcher = lambda name, default: os.environ.get(name) or default
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK") or 0)
+        gpus, local = torch.cuda.device_count(), int(from_launcher("LOCAL_RANK", 0))
         if gpus == 1:  # SLURM's --gpus-per-task=1: a task sees its own GPU alone
             local = 0
-        if max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)) > gpus:
+        if max(local + 1, int(from_launcher("LOCAL_WORLD_SIZE", 1))) > gpus:
             raise CMAEVError(f"there are more ranks on this node than its {gpus} GPUs: start one per GPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    ranks = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
-    if ranks != ("0", "1") and not dist.is_initialized():
+    one_rank = from_launcher("RANK", "0") == "0" and from_launcher("WORLD_SIZE", "1") == "1"
+    if not one_rank and not dist.is_initialized():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:

@@ -463,7 +463,7 @@ def read_settings():
     add_shared_settings(parser)
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     files = sys.argv[end + 1:]  # after --, names may begin with -
-    s, by_hand = cmaev.parse_settings(parser, RECIPES, sys.argv[1:end])
+    s = cmaev.parse_settings(parser, RECIPES, sys.argv[1:end])
     if files and s.predict is None:
         raise cmaev.CMAEVError(f"{files[0]}: only --predict takes files")
     if s.predict is not None:
@@ -472,7 +472,7 @@ def read_settings():
             raise cmaev.CMAEVError("--predict: name one or more videos; after -- if a name begins with -")
     if s.eval or s.predict:
         record, _ = read_record(s.out, s.best, cmaev.flag(s, "out"))
-        for name in record["settings"].keys() - by_hand - MACHINE - {"out"}:
+        for name in record["settings"].keys() - s.overridden.keys() - MACHINE - {"out"}:
             setattr(s, name, record["settings"][name])
         return s, record
     return s, None
@@ -527,7 +527,7 @@ def main():
         folder.mkdir(exist_ok=True)
         cmaev.print0(f"testing {run}/{checkpoint}.pt: {s.segments} x {s.crops} views of {s.size} x {s.size}")
         return evaluate(model, model.test_clips(tests), folder)
-    cmaev.check_paths(s, "data", "val", "init")
+    cmaev.check_paths(s)
     s.data, val = cmaev.split_folder(s.data)
     s.val = s.val or val
     if s.features:

@@ -95,7 +95,7 @@ def read_settings():
     add = parser.add_argument_group("pictures of reconstructions").add_argument
     add("--picture-every", type=cmaev.WHOLE, default=1000, help="steps per picture; 0: none")
     add_shared_settings(parser)
-    return cmaev.parse_settings(parser, RECIPES, sys.argv[1:])[0]
+    return cmaev.parse_settings(parser, RECIPES, sys.argv[1:])
 
 
 def read_videos(s):
@@ -104,7 +104,7 @@ def read_videos(s):
         cmaev.print0("making the demo's videos in data/demo")
         demo_videos.make_demo(Path(DEMO).parent)
     cmaev.objects_of_ranks(None)  # the other ranks wait for the videos
-    cmaev.check_paths(s, "data", "val", "init")
+    cmaev.check_paths(s)
     if s.batch_size < 2:
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give at least 2")
     cmaev.micro_batches(s, s.repeats)
