@@ -1824,9 +1824,8 @@ def check_ranks(run, settings, device, *lists):
 
     A rank that does not see the checkpoint would start anew, and DDP would average it with the others.
     """
-    path, precision = Path(run) / "checkpoint.pt", amp_dtype(settings.amp, device)
-    listed = hashlib.sha256(json.dumps(lists).encode()).hexdigest()
-    here = vars(settings) | dict(amp=precision, lists=listed, workers=0, checkpoint="")
+    path, listed = Path(run) / "checkpoint.pt", hashlib.sha256(json.dumps(lists).encode()).hexdigest()
+    here = vars(settings) | dict(amp=amp_dtype(settings.amp, device), workers=0, lists=listed, checkpoint="")
     if world_size() > 1 and path.exists():
         with open(path, "rb") as file:
             here["checkpoint"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -1853,44 +1852,34 @@ SAVED_AND_STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "t
 def notice_signals():
     """Keeps SIGTERM (from SLURM, torchrun, kill) and a first Ctrl-C from ending the process.
 
-    Returns a function that all ranks call together: it returns the signal that any rank has received, or 0.
+    Returns a function that all ranks call together -> the signal that any rank has received, or 0.
     """
-    received = []
+    received = [0]
 
-    def note(signal_number, _):
-        if signal_number == signal.SIGINT and signal_number in received:
-            raise KeyboardInterrupt
-        received.append(signal_number)
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, note)
-
-    def of_any_rank():
-        number = torch.tensor(max(received, default=0))
-        if world_size() > 1:
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
-    return of_any_rank
+    def note(number, _):
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C ends the process at once
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return lambda: max(objects_of_ranks(max(received)))
 
 
-def stop_run(signal_number, step):
+def stop_run(number, step):
     """Ends the process after a signal, when rank 0 has saved."""
-    if world_size() > 1:
-        dist.barrier()
-    name = "Ctrl-C" if signal_number == signal.SIGINT else "SIGTERM"
+    objects_of_ranks(None)  # waits for rank 0
+    name, code = ("Ctrl-C", 130) if number == signal.SIGINT else ("SIGTERM", SAVED_AND_STOPPED)
     print0(f"stopped by {name}, saved after step {step}: the same command continues")
-    sys.exit(130 if signal_number == signal.SIGINT else SAVED_AND_STOPPED)
+    sys.exit(code)
 
 
 def ignore_signals(worker):
     """Makes a worker ignore Ctrl-C and SIGTERM, which a terminal or SLURM sends to all processes.
 
-    The worker ends with the trainer, however that ends: Linux kills it, torch's watchdog does so elsewhere. A worker
-    whose trainer is already dead exits at once.
+    The worker ends with the trainer, however that ends: Linux kills it, torch's watchdog does so elsewhere.
     """
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # no public name; does nothing outside Linux
-    trainer = multiprocessing.parent_process()
-    forked = multiprocessing.get_start_method() == "fork"  # else the parent may be a fork server
-    if not trainer.is_alive() or forked and os.getppid() != trainer.pid:
+    if not multiprocessing.parent_process().is_alive():  # it ended before this call
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -1898,16 +1887,16 @@ def ignore_signals(worker):
 
 def worker_count(workers, device):
     """--workers, or its default: with a GPU one per core, at most 16 per rank; else 2, as the CPU trains too."""
-    if workers is not None:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if device.type == "cuda" else 2
+    if workers is None and device.type == "cuda":
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(16, max(1, cores))
+    return 2 if workers is None else workers
 
 
-def loader(clips, workers, device, **batches):
+def loader(clips, workers, device, **order):
     """The DataLoader that all loops use."""
     return DataLoader(clips, num_workers=worker_count(workers, device), pin_memory=device.type == "cuda",
-                      worker_init_fn=ignore_signals, **batches)
+                      worker_init_fn=ignore_signals, **order)
 
 
 def rank_indices(clips):
@@ -1915,21 +1904,22 @@ def rank_indices(clips):
     return [(0, i) for i in range(this_rank(), len(clips), world_size())]
 
 
-def batches(videos, batch, steps, seed, start=0, parts=1):
+def batches(num_videos, batch, steps, seed, start=0, parts=1):
     """Yields this rank's micro-batches, `parts` per step, from step `start` to the end: lists of (epoch, index).
 
     Each epoch is a permutation of the videos, seeded by (seed, epoch), cut into global batches and then into ranks. The
     videos left over at its end are dropped. One iterator serves all epochs: workers never restart.
     """
-    per_epoch, part = videos // batch, batch // (world_size() * parts)
+    per_epoch, per_rank = num_videos // batch, batch // world_size()
+    size = per_rank // parts
     for step in range(start, steps):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == start:
             with seeded(seed, epoch) as generator:
-                order = torch.randperm(videos, generator=generator).tolist()
-        start_of_rank = i * batch + this_rank() * parts * part
-        for first in range(start_of_rank, start_of_rank + parts * part, part):
-            yield [(epoch, index) for index in order[first:first + part]]
+                order = torch.randperm(num_videos, generator=generator).tolist()
+        first = i * batch + this_rank() * per_rank
+        for k in range(first, first + per_rank, size):
+            yield [(epoch, index) for index in order[k:k + size]]
 
 
 def micro_batches(s, repeats=1):
@@ -1937,13 +1927,14 @@ def micro_batches(s, repeats=1):
 
     `repeats`: how many clips of each video stay together.
     """
-    of_rank = s.batch_size // world_size()
-    part = min(s.micro_batch, of_rank) or of_rank
-    if s.batch_size % world_size() or of_rank % part or part % repeats:
-        what = f"{part} of {flag(s, 'micro_batch')}" if s.micro_batch else f"{repeats} repeats"
-        raise CMAEVError(f"{flag(s, 'batch_size')}: give a multiple of {world_size()} ranks x {what}"
-                         + f", a multiple of {repeats} repeats" * bool(s.micro_batch and repeats > 1))
-    return of_rank // part
+    per_rank = s.batch_size // world_size()
+    size = min(s.micro_batch, per_rank) or per_rank
+    if s.batch_size % world_size() or per_rank % size or size % repeats:
+        factor = f"{repeats} repeats"
+        if s.micro_batch:
+            factor = f"{size} of {flag(s, 'micro_batch')}, a multiple of {repeats} repeats"
+        raise CMAEVError(f"{flag(s, 'batch_size')}: give a multiple of {world_size()} ranks x {factor}")
+    return per_rank // size
 
 
 class Feed:
@@ -1953,21 +1944,21 @@ class Feed:
     On CUDA the copies run from pinned memory on their own stream, during the previous step.
     """
 
-    def __init__(self, loader, device):
-        self.batches, self.device, self.waits = iter(loader), device, []
+    def __init__(self, source, device):
+        self.source, self.device, self.waits = iter(source), device, []
         self.copies = torch.cuda.Stream() if device.type == "cuda" else None
 
     def __next__(self):
         began = self.mark()
-        batch = next(self.batches)
+        batch = next(self.source)
         if self.copies:
             with torch.cuda.stream(self.copies):
                 batch = {name: x if name == "mask" else x.to(self.device, non_blocking=True)
                          for name, x in batch.items()}
-            torch.cuda.current_stream().wait_stream(self.copies)
-            for x in batch.values():
-                if x.is_cuda:
-                    x.record_stream(torch.cuda.current_stream())
+            step = torch.cuda.current_stream()
+            step.wait_stream(self.copies)
+            for name in batch.keys() - {"mask"}:
+                batch[name].record_stream(step)  # its memory is not reused before the step has read it
         batch = {name: x.transpose(0, 1).flatten(0, 1) for name, x in batch.items()}
         self.waits.append((began, self.mark()))
         return batch
