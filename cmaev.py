@@ -66,7 +66,7 @@ class BadVideo(CMAEVError):
 def last_line(error):
     """The last line of an error's message, without the traceback that a worker process puts before it."""
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return line.removeprefix("cmaev.CMAEVError: ").removeprefix("cmaev.BadVideo: ")
+    return re.sub(r"^cmaev\.(CMAEVError|BadVideo): ", "", line)
 
 
 def print0(*values):
@@ -97,20 +97,21 @@ def atomic_write(path, mode="w"):
 
     Raises CMAEVError if it cannot be written, for example on a full disk. The previous file is then kept.
     """
+    partial = f"{path}.partial"
+    text = dict(encoding="utf-8", errors="surrogateescape") if mode == "w" else {}  # file names may be any bytes
     try:
-        text = {} if "b" in mode else dict(encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
-        with open(f"{path}.partial", mode, **text) as file:
+        with open(partial, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(f"{path}.partial", path)
+        os.replace(partial, path)
     except BaseException as error:
-        Path(f"{path}.partial").unlink(missing_ok=True)
-        for cause in (error, error.__context__):  # torch.save hides the reason behind an error of its own
-            if isinstance(cause, OSError):
-                kept = "the previous file is kept" if os.path.isfile(path) else "give another path, or make room"
-                raise CMAEVError(f"{path} cannot be written ({cause.strerror}): {kept}") from None
-        raise
+        Path(partial).unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own error
+        if not isinstance(cause, OSError):
+            raise
+        kept = "the previous file is kept" if os.path.isfile(path) else "give another path, or make room"
+        raise CMAEVError(f"{path} cannot be written ({cause.strerror}): {kept}") from None
 
 
 def parse_json(text, path, *keys):
@@ -1798,19 +1799,17 @@ def run_script(main):
 def join_ranks():
     """Joins the process group of torchrun or SLURM, if there is one -> this rank's device."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: memory in pages of 2 MiB instead of 4 KiB
-    from_launcher = lambda name, default: os.environ.get(name) or default
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        gpus, local = torch.cuda.device_count(), int(from_launcher("LOCAL_RANK", 0))
-        if gpus == 1:  # SLURM's --gpus-per-task=1: a task sees its own GPU alone
-            local = 0
-        if max(local + 1, int(from_launcher("LOCAL_WORLD_SIZE", 1))) > gpus:
+        gpus = torch.cuda.device_count()
+        local = int(os.environ.get("LOCAL_RANK") or 0) if gpus > 1 else 0  # SLURM may show each task its GPU alone
+        if max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)) > gpus:
             raise CMAEVError(f"there are more ranks on this node than its {gpus} GPUs: start one per GPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    one_rank = from_launcher("RANK", "0") == "0" and from_launcher("WORLD_SIZE", "1") == "1"
-    if not one_rank and not dist.is_initialized():
+    ranks = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if ranks != ("0", "1") and not dist.is_initialized():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:
@@ -1822,7 +1821,7 @@ def join_ranks():
 def check_ranks(run, settings, device, *lists):
     """Raises CMAEVError on each rank if the ranks differ in settings (but for --workers), lists or checkpoint.
 
-    A rank that does not see the checkpoint would start anew, and DDP would average it with the others.
+    DDP would average a rank that starts anew, as it sees no checkpoint, with the others.
     """
     path, listed = Path(run) / "checkpoint.pt", hashlib.sha256(json.dumps(lists).encode()).hexdigest()
     here = vars(settings) | dict(amp=amp_dtype(settings.amp, device), workers=0, lists=listed, checkpoint="")
@@ -1850,7 +1849,7 @@ SAVED_AND_STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "t
 
 
 def notice_signals():
-    """Keeps SIGTERM (from SLURM, torchrun, kill) and a first Ctrl-C from ending the process.
+    """Keeps SIGTERM (SLURM, torchrun, kill) and a first Ctrl-C from ending the process.
 
     Returns a function that all ranks call together -> the signal that any rank has received, or 0.
     """
@@ -1940,8 +1939,8 @@ def micro_batches(s, repeats=1):
 class Feed:
     """A loader's batches on the device, [videos, repeats, ...] -> [repeats x videos, ...]; masks stay on the CPU.
 
-    Clips of one video are not neighbours, so that mixup and cutmix, which mix neighbours, mix different videos.
-    On CUDA the copies run from pinned memory on their own stream, during the previous step.
+    Mixup and cutmix mix neighbours: clips of one video are therefore apart. On CUDA the copies run from pinned memory
+    on their own stream, during the previous step.
     """
 
     def __init__(self, source, device):
@@ -1967,9 +1966,7 @@ class Feed:
         """A time stamp: a CUDA event, or seconds on a CPU."""
         if self.copies is None:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
     def waited(self):
         """Seconds that the device spent waiting for data since the last call. Call it after a synchronisation."""
@@ -2034,8 +2031,8 @@ def note_weak_settings(s, steps):
     """Prints a note if a run has few steps, or a peak learning rate below a tenth of the recipe's."""
     if steps < 500:
         print0(f"note: {steps} steps are few: for 500 give --epochs {math.ceil(500 * s.epochs / steps)}")
-    usual = s.overridden.get("lr", s.lr) * s.overridden.get("batch_size", s.batch_size) / 256
-    peak = s.lr * s.batch_size / 256
+    recipe = vars(s) | s.overridden
+    peak, usual = s.lr * s.batch_size / 256, recipe["lr"] * recipe["batch_size"] / 256
     if peak < usual / 10:
         print0(f"note: the learning rate, --lr x --batch-size / 256, rises to {peak:.1e}, the recipe's to "
                f"{usual:.1e}: for that give --lr {256 * usual / s.batch_size:.1e}")
@@ -2051,36 +2048,35 @@ def decay_groups(model, weight_decay):
 class Meter:
     """Sums values over the steps since the last log line, on the device: no synchronisation before `read`."""
 
-    MAX_SKIPPED = 20  # steps in a row; fp16 skips up to about 16 at the start while it looks for its scale
-
     def __init__(self, names, device):
-        self.names, self.device, self.step, self.began = names, device, 0, time.perf_counter()
-        self.sums = torch.zeros(len(names) + 3, dtype=torch.float64, device=device)
-        self.in_a_row = torch.zeros((), device=device)
+        self.names, self.device = names, device
+        self.step, self.began = 0, time.perf_counter()  # of the last log line
         self.counts = dict(bad_clips=0, skipped_steps=0)  # of the whole run
+        self.sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=device)
+        self.skipped_in_a_row = torch.zeros((), device=device)
 
     def add(self, values, grad_norm, replaced):
         """Adds a step's values (float scalars, one per name) unless it was skipped, and counts its replaced clips."""
         skipped = ~grad_norm.isfinite()
-        values = torch.stack([*values, torch.ones_like(grad_norm)]).where(~skipped, 0)
-        self.sums += torch.cat([values, torch.stack([skipped, replaced])])
-        self.in_a_row = (self.in_a_row + 1) * skipped
+        self.sums += torch.cat([torch.stack(values).where(~skipped, 0), torch.stack([skipped, replaced])])
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
 
     def read(self, step, clips, per_epoch, bad_share):
         """Returns a log line's record (means over steps and ranks, speed, counts) and resets the sums. Synchronises.
 
-        `clips` per step; `per_epoch` steps. Raises CMAEVError if the last MAX_SKIPPED steps were all skipped, or if bad
+        `clips` per step; `per_epoch` steps. Raises CMAEVError if the last 20 steps or more were all skipped, or if bad
         videos exceed `bad_share` of the clips so far, or of one epoch's clips if these are more.
         """
-        *sums, taken, skipped, replaced = sum_over_ranks(self.sums).tolist()
+        *sums, skipped, replaced = sum_over_ranks(self.sums).tolist()
         seconds, steps = time.perf_counter() - self.began, step - self.step
+        taken = steps * world_size() - skipped
         self.step, self.began = step, time.perf_counter()
         self.sums.zero_()
         self.counts["bad_clips"] += round(replaced)
         self.counts["skipped_steps"] += round(skipped / world_size())
-        if self.in_a_row >= self.MAX_SKIPPED:
-            raise CMAEVError(f"step {step}: {int(self.in_a_row)} steps in a row had a loss or a gradient that is not "
-                             "finite and were skipped: give a lower --lr, or --amp none")
+        if self.skipped_in_a_row >= 20:  # fp16 skips up to about 16 at the start, while it looks for its scale
+            raise CMAEVError(f"step {step}: {int(self.skipped_in_a_row)} steps in a row had a loss or a gradient that "
+                             "is not finite and were skipped: give a lower --lr, or --amp none")
         if self.counts["bad_clips"] > bad_share * clips * max(step, per_epoch):
             raise CMAEVError(f"{self.counts['bad_clips']} of {step * clips} clips were of bad videos, which "
                              "bad-videos.jsonl names: take them off the list, or give a larger --bad-share")
@@ -2123,40 +2119,36 @@ def open_run(folder, settings, free, videos, **about):
     settings.json stores the settings, the videos' number and hash, versions and `about`. Raises CMAEVError if the
     videos or settings, except those in `free`, differ from those of the folder's checkpoint.
     """
-    record, settings = Path(folder) / "settings.json", vars(settings)
+    path, values = Path(folder) / "settings.json", vars(settings)
     listed = [len(videos), hashlib.sha256(json.dumps(videos).encode()).hexdigest()[:16]]
-    if record.exists() and (Path(folder) / "checkpoint.pt").exists():
-        old = parse_json(record.read_bytes(), record, "settings", "videos")
-        changed = [f"{name} {old['settings'].get(name)} -> {value}" for name, value in settings.items()
-                   if name not in free and old["settings"].get(name, value) != value]
+    if path.exists() and (Path(folder) / "checkpoint.pt").exists():
+        old = parse_json(path.read_bytes(), path, "settings", "videos")
+        changed = [f"{name} {value} -> {values[name]}" for name, value in sorted(old["settings"].items())
+                   if name in values.keys() - free and values[name] != value]
         if changed:
             raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(changed)}): give the old ones to "
                              "continue it, or another --out; another number of epochs needs a new run")
         if old["videos"] != listed:
-            raise CMAEVError(f"{settings['data']} has changed since {folder} began ({old['videos'][0]} videos then, "
+            raise CMAEVError(f"{settings.data} has changed since {folder} began ({old['videos'][0]} videos then, "
                              f"{listed[0]} now): restore it, or give another --out")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)  # on each rank, for bad-videos.jsonl
     except OSError as error:
-        out = flag(argparse.Namespace(**settings), "out")
-        raise CMAEVError(f"{out} cannot be made ({error.strerror}): give another folder") from None
+        raise CMAEVError(f"{flag(settings, 'out')} cannot be made ({error.strerror}): give another folder") from None
     if this_rank() == 0:
         lock_run(folder)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
-        with atomic_write(record) as file:
-            record = dict(settings=settings, videos=listed, world_size=world_size(), **versions, **about)
+        record = dict(settings=values, videos=listed, world_size=world_size(), **versions, **about)
+        with atomic_write(path) as file:
             json.dump(record, file, indent=1)
 
 
 def lock_run(folder):
-    """Locks a run's folder until this process ends, however it ends. Raises CMAEVError if another one holds it.
-
-    Workers do not inherit this lock, unlike flock's. The file stays open: closing it would release the lock.
-    """
-    descriptor = os.open(f"{folder}/lock", os.O_WRONLY | os.O_CREAT, 0o666)
+    """Locks a run's folder until this process ends, however it ends. Raises CMAEVError if another one holds it."""
+    descriptor = os.open(f"{folder}/lock", os.O_WRONLY | os.O_CREAT, 0o666)  # closing it would release the lock
     try:
         import fcntl
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it, unlike flock's
     except BlockingIOError:
         raise CMAEVError(f"{folder} is in use by another process: wait for its end, or give another --out") from None
     except (ImportError, OSError):  # Windows; a file system without locks
@@ -2167,28 +2159,25 @@ def save_checkpoint(run, step, state, name="checkpoint.pt"):
     """Writes run/`name` on rank 0. `state`: {name: object with a state dict}."""
     if this_rank() == 0:
         with atomic_write(f"{run}/{name}", "wb") as file:
-            torch.save(dict(step=step, **{name: part.state_dict() for name, part in state.items()}), file)
+            torch.save(dict(step=step, **{name: holder.state_dict() for name, holder in state.items()}), file)
 
 
 def resume(run, state):
-    """Loads run/checkpoint.pt into the objects of `state` -> the step to continue from, or 0.
-
-    Removes log lines after the checkpoint. Raises CMAEVError if the file is damaged or of another model.
-    """
+    """Loads run/checkpoint.pt into `state`, and removes the log's lines after it -> the step to continue from, or 0."""
     path, step = Path(run) / "checkpoint.pt", 0
     if path.exists():
         checkpoint = read_checkpoint(path)
         load_weights(state["model"], checkpoint["model"], path)
-        for name, part in state.items():
-            if name != "scaler" or part.get_growth_interval() == checkpoint[name]["growth_interval"]:
-                part.load_state_dict(checkpoint[name])  # another --amp starts with its own scale
+        for name, holder in state.items():
+            if name != "scaler" or holder.get_growth_interval() == checkpoint[name]["growth_interval"]:
+                holder.load_state_dict(checkpoint[name])  # another --amp starts with its own scale
         step = state["meter"].step = checkpoint["step"]
     if this_rank() == 0:
         log = Path(run) / "log.jsonl"
         lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and parse_json(line, log, "step")["step"] <= step]
         with atomic_write(log, "wb") as file:
-            file.writelines(line for line in lines
-                            if line.endswith(b"\n") and parse_json(line, log, "step")["step"] <= step)
+            file.writelines(kept)
     return step
 
 
@@ -2207,17 +2196,19 @@ def write_log(run, record, steps, text):
             numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}
             print(json.dumps(numbers), file=file)  # JSON has no NaN
         left = timedelta(seconds=round(record["step_ms"] * (steps - record["step"]) / 1000))
-        print("step {step}/{steps}  epoch {epoch:.2f}  {text}  lr {lr:.1e}  grad {grad_norm:.2f}  {clips_per_s:.1f} "
-              "clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left".format(
-                  steps=steps, text=text, left=left, **record), flush=True)
+        line = ("step {step}/{steps}  epoch {epoch:.2f}  {text}  lr {lr:.1e}  grad {grad_norm:.2f}  "
+                "{clips_per_s:.1f} clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left")
+        print(line.format(steps=steps, text=text, left=left, **record), flush=True)
 
 
 def read_log(run):
     """A run's log -> list of dicts, one per line. null, a number that was not finite, becomes NaN."""
-    log = Path(run) / "log.jsonl"
-    lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    records = (parse_json(line, log, "step") for line in lines)
-    return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
+    log, records = Path(run) / "log.jsonl", []
+    for line in log.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):  # else it is torn, or being written
+            record = parse_json(line, log, "step")
+            records.append({name: math.nan if value is None else value for name, value in record.items()})
+    return records
 
 
 if __name__ == "__main__":
