@@ -1722,8 +1722,8 @@ def argument_parser(text):
 def parse_settings(parser, recipes, argv):
     """Parses the command line -> settings, a Namespace.
 
-    The values of --recipe, one dict per recipe, replace the parser's defaults. --data clears the recipe's --val.
-    settings.overridden: the given flags' names, with the values that they had without being given.
+    The values of --recipe, a dict in `recipes`, replace the parser's defaults. --data clears --val's.
+    settings.overridden: {name of a given flag: its default}.
     Raises CMAEVError for a wrong flag or value, for --data without --recipe and for --val without --data.
     """
     def fail(message):
@@ -1734,13 +1734,13 @@ def parse_settings(parser, recipes, argv):
         each.add_argument("--recipe", choices=recipes, default="demo", help="fills all settings")
     parser.set_defaults(**recipes[first.parse_known_args(argv)[0].recipe])
     settings = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(settings), parser))  # a mark that only given flags replace
-    given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not parser}
+    marked = argparse.Namespace(**dict.fromkeys(vars(settings), parser))  # only given flags replace the mark
+    given = {name for name, value in vars(parser.parse_args(argv, marked)).items() if value is not parser}
     settings.overridden = {name: parser.get_default(name) for name in sorted(given)}
     if not given & {"eval", "predict", "features"}:  # these take the settings of the run or of the weights
         if "data" in given and "recipe" not in given:
-            fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 (of "
-                 "224x224, sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 56x56)")
+            fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 "
+                 "(of 224x224, sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 56x56)")
         if "val" in given and "data" not in given:
             fail("--val without --data: give both")
     if "data" in given and "val" not in given:
@@ -1782,8 +1782,8 @@ def run_script(main):
     except RuntimeError as error:
         if not re.search(r"(out of|insufficient) shared memory|unable to .*</?torch_|Bus error", str(error)):
             raise
-        sys.exit("error: the shared memory, /dev/shm, is too small for the workers' batches: enlarge it (docker run "
-                 "--shm-size=8g or --ipc=host), or give --workers 0")
+        sys.exit("error: the shared memory, /dev/shm, is too small for the workers' batches: enlarge it "
+                 "(docker run --shm-size=8g or --ipc=host), or give --workers 0")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -1798,11 +1798,11 @@ def run_script(main):
 
 def join_ranks():
     """Joins the process group of torchrun or SLURM, if there is one -> this rank's device."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: memory in pages of 2 MiB instead of 4 KiB
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: pages of 2 MiB instead of 4 KiB
     device = torch.device("cpu")
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
-        local = int(os.environ.get("LOCAL_RANK") or 0) if gpus > 1 else 0  # SLURM may show each task its GPU alone
+        local = int(os.environ.get("LOCAL_RANK") or 0) if gpus > 1 else 0  # SLURM may show a task one GPU
         if max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)) > gpus:
             raise CMAEVError(f"there are more ranks on this node than its {gpus} GPUs: start one per GPU")
         device = torch.device("cuda", local)
@@ -1813,13 +1813,13 @@ def join_ranks():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:
-            raise CMAEVError(f"the ranks cannot be joined ({last_line(error)}): start them by torchrun, or set "
-                             "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each") from None
+            raise CMAEVError(f"the ranks cannot be joined ({last_line(error)}): start them by torchrun, or "
+                             "set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each") from None
     return device
 
 
 def check_ranks(run, settings, device, *lists):
-    """Raises CMAEVError on each rank if the ranks differ in settings (but for --workers), lists or checkpoint.
+    """Raises CMAEVError on each rank if the ranks differ in settings (except --workers), lists or checkpoint.
 
     DDP would average a rank that starts anew, as it sees no checkpoint, with the others.
     """
@@ -1830,8 +1830,8 @@ def check_ranks(run, settings, device, *lists):
             here["checkpoint"] = hashlib.file_digest(file, "sha256").hexdigest()
     differ = {name for there in objects_of_ranks(here) for name in here if there[name] != here[name]}
     if differ:
-        raise CMAEVError(f"the ranks differ in {', '.join(sorted(differ))}: give all the same command, with the "
-                         "lists and --out on a disk that they share")
+        raise CMAEVError(f"the ranks differ in {', '.join(sorted(differ))}: give all the same command, with "
+                         "the lists and --out on a disk that they share")
 
 
 def progress(items, what, every=10):
@@ -1877,7 +1877,7 @@ def ignore_signals(worker):
 
     The worker ends with the trainer, however that ends: Linux kills it, torch's watchdog does so elsewhere.
     """
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # no public name; does nothing outside Linux
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # no public name; Linux only
     if not multiprocessing.parent_process().is_alive():  # it ended before this call
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1885,7 +1885,7 @@ def ignore_signals(worker):
 
 
 def worker_count(workers, device):
-    """--workers, or its default: with a GPU one per core, at most 16 per rank; else 2, as the CPU trains too."""
+    """--workers, or by default: with a GPU one per core, at most 16 per rank; else 2, as the CPU trains."""
     if workers is None and device.type == "cuda":
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return min(16, max(1, cores))
@@ -1904,10 +1904,10 @@ def rank_indices(clips):
 
 
 def batches(num_videos, batch, steps, seed, start=0, parts=1):
-    """Yields this rank's micro-batches, `parts` per step, from step `start` to the end: lists of (epoch, index).
+    """Yields this rank's micro-batches, `parts` per step, from step `start` on: lists of (epoch, index).
 
-    Each epoch is a permutation of the videos, seeded by (seed, epoch), cut into global batches and then into ranks. The
-    videos left over at its end are dropped. One iterator serves all epochs: workers never restart.
+    Each epoch is a permutation of the videos, seeded by (seed, epoch), cut into global batches and then into
+    ranks. It drops the videos left over at its end. One iterator serves all epochs: workers never restart.
     """
     per_epoch, per_rank = num_videos // batch, batch // world_size()
     size = per_rank // parts
@@ -1937,10 +1937,10 @@ def micro_batches(s, repeats=1):
 
 
 class Feed:
-    """A loader's batches on the device, [videos, repeats, ...] -> [repeats x videos, ...]; masks stay on the CPU.
+    """A loader's batches on the device, [videos, repeats, ...] -> [repeats x videos, ...]; masks on the CPU.
 
-    Mixup and cutmix mix neighbours: clips of one video are therefore apart. On CUDA the copies run from pinned memory
-    on their own stream, during the previous step.
+    Clips of one video are apart, as mixup and cutmix mix neighbours. On CUDA the copies run from pinned
+    memory on their own stream, during the previous step.
     """
 
     def __init__(self, source, device):
@@ -1969,9 +1969,11 @@ class Feed:
         return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
     def waited(self):
-        """Seconds that the device spent waiting for data since the last call. Call it after a synchronisation."""
+        """Seconds that the device waited for data since the last call. Call it after a synchronisation."""
         waits, self.waits = self.waits, []
-        return sum(end - began if self.copies is None else began.elapsed_time(end) / 1000 for began, end in waits)
+        if self.copies is None:
+            return sum(end - began for began, end in waits)
+        return sum(began.elapsed_time(end) for began, end in waits) / 1000
 
 
 def amp_dtype(name, device):
@@ -1984,20 +1986,21 @@ def amp_dtype(name, device):
 
 
 def grad_scaler(dtype, device):
-    """Loss scaling is for fp16. bf16 and float32 use a constant scale of 1; the scaler then only skips bad steps."""
-    scale, interval = (2.0**16, 2000) if dtype is torch.float16 else (1.0, 0)  # `resume` compares the intervals
+    """Scales the loss for fp16. For bf16 and float32 the scale stays 1: the scaler only skips bad steps."""
+    scale, interval = (2.0**16, 2000) if dtype is torch.float16 else (1.0, 0)  # resume compares the intervals
     return torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=interval)
 
 
 def synchronised(parallel, last):
-    """Context of a micro-batch's forward and backward pass: DDP averages the gradients over ranks in the last one."""
+    """Context of a micro-batch's forward and backward pass: DDP averages gradients in the last one."""
     return contextlib.nullcontext() if last or world_size() == 1 else parallel.no_sync()
 
 
 def optimizer_step(parameters, optimizer, scaler, dtype, max_norm=0.0):
-    """Optimiser step after scaler.scale(loss).backward() -> gradient norm, a float32 scalar. `max_norm` 0: no clipping.
+    """Optimiser step after scaler.scale(loss).backward() -> gradient norm, a float32 scalar.
 
-    A gradient whose norm is not finite skips the step, on all ranks, since DDP has averaged it. No synchronisation.
+    `max_norm` 0: no clipping. A norm that is not finite skips the step, on all ranks, as DDP has averaged the
+    gradients. No synchronisation.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients)
@@ -2018,7 +2021,7 @@ def learning_rate(step, warmup, steps, start, peak, floor):
 
 
 def set_learning_rate(optimizer, s, step, per_epoch):
-    """Sets each group's learning rate to lr * group["scale"] -> lr. The settings' rates are per --batch-size 256."""
+    """Sets each group's rate to lr * group["scale"] -> lr. The settings' rates are per --batch-size 256."""
     scale = s.batch_size / 256
     lr = learning_rate(step, s.warmup_epochs * per_epoch, s.epochs * per_epoch,
                        scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
@@ -2039,7 +2042,7 @@ def note_weak_settings(s, steps):
 
 
 def decay_groups(model, weight_decay):
-    """AdamW's groups: weight decay on matrices, none on biases, norms and the mask token (all of them 1-D)."""
+    """AdamW's groups: weight decay on matrices, none on biases, norms and the mask token, which are 1-D."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
             dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
@@ -2053,19 +2056,19 @@ class Meter:
         self.step, self.began = 0, time.perf_counter()  # of the last log line
         self.counts = dict(bad_clips=0, skipped_steps=0)  # of the whole run
         self.sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=device)
-        self.skipped_in_a_row = torch.zeros((), device=device)
+        self.in_a_row = torch.zeros((), device=device)  # the last steps, as far as they were skipped
 
     def add(self, values, grad_norm, replaced):
-        """Adds a step's values (float scalars, one per name) unless it was skipped, and counts its replaced clips."""
+        """Adds a step's values, a float scalar per name, unless it was skipped; counts its replaced clips."""
         skipped = ~grad_norm.isfinite()
         self.sums += torch.cat([torch.stack(values).where(~skipped, 0), torch.stack([skipped, replaced])])
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+        self.in_a_row = (self.in_a_row + 1) * skipped
 
     def read(self, step, clips, per_epoch, bad_share):
-        """Returns a log line's record (means over steps and ranks, speed, counts) and resets the sums. Synchronises.
+        """Returns a log line's record: means over steps and ranks, counts, speed. Synchronises.
 
-        `clips` per step; `per_epoch` steps. Raises CMAEVError if the last 20 steps or more were all skipped, or if bad
-        videos exceed `bad_share` of the clips so far, or of one epoch's clips if these are more.
+        `clips` per step; `per_epoch` steps. Raises CMAEVError if the last 20 steps were all skipped, or if
+        bad videos exceed `bad_share` of the clips so far, or of one epoch's clips if these are more.
         """
         *sums, skipped, replaced = sum_over_ranks(self.sums).tolist()
         seconds, steps = time.perf_counter() - self.began, step - self.step
@@ -2074,8 +2077,8 @@ class Meter:
         self.sums.zero_()
         self.counts["bad_clips"] += round(replaced)
         self.counts["skipped_steps"] += round(skipped / world_size())
-        if self.skipped_in_a_row >= 20:  # fp16 skips up to about 16 at the start, while it looks for its scale
-            raise CMAEVError(f"step {step}: {int(self.skipped_in_a_row)} steps in a row had a loss or a gradient that "
+        if self.in_a_row >= 20:  # fp16 skips up to about 16 at the start, while it looks for its scale
+            raise CMAEVError(f"step {step}: {int(self.in_a_row)} steps in a row had a loss or a gradient that "
                              "is not finite and were skipped: give a lower --lr, or --amp none")
         if self.counts["bad_clips"] > bad_share * clips * max(step, per_epoch):
             raise CMAEVError(f"{self.counts['bad_clips']} of {step * clips} clips were of bad videos, which "
@@ -2106,18 +2109,14 @@ def peak_memory(device):
 
 def write_png(image, path):
     """Writes a picture, uint8 [3, H, W]."""
-    frame = av.VideoFrame.from_ndarray(image.permute(1, 2, 0).contiguous().numpy(), "rgb24")
-    encoder = av.CodecContext.create("png", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, "rgb24"
-    encoder.time_base = Fraction(1, 25)  # it wants one
-    Path(path).write_bytes(b"".join(map(bytes, encoder.encode(frame) + encoder.encode(None))))
+    av.VideoFrame.from_ndarray(image.permute(1, 2, 0).contiguous().numpy(), "rgb24").save(path)
 
 
 def open_run(folder, settings, free, videos, **about):
     """Creates a run's folder, or checks that it holds this run. Locks it until the process ends.
 
-    settings.json stores the settings, the videos' number and hash, versions and `about`. Raises CMAEVError if the
-    videos or settings, except those in `free`, differ from those of the folder's checkpoint.
+    settings.json stores the settings, the videos' number and hash, versions and `about`. Raises CMAEVError
+    if the videos or settings, except those in `free`, differ from those of the folder's checkpoint.
     """
     path, values = Path(folder) / "settings.json", vars(settings)
     listed = [len(videos), hashlib.sha256(json.dumps(videos).encode()).hexdigest()[:16]]
@@ -2126,15 +2125,16 @@ def open_run(folder, settings, free, videos, **about):
         changed = [f"{name} {value} -> {values[name]}" for name, value in sorted(old["settings"].items())
                    if name in values.keys() - free and values[name] != value]
         if changed:
-            raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(changed)}): give the old ones to "
-                             "continue it, or another --out; another number of epochs needs a new run")
+            raise CMAEVError(f"{folder} holds a run with other settings ({'; '.join(changed)}): give the old "
+                             "ones to continue it, or another --out; another number of epochs needs a new run")
         if old["videos"] != listed:
-            raise CMAEVError(f"{settings.data} has changed since {folder} began ({old['videos'][0]} videos then, "
-                             f"{listed[0]} now): restore it, or give another --out")
+            raise CMAEVError(f"{settings.data} has changed since {folder} began ({old['videos'][0]} videos "
+                             f"then, {listed[0]} now): restore it, or give another --out")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)  # on each rank, for bad-videos.jsonl
     except OSError as error:
-        raise CMAEVError(f"{flag(settings, 'out')} cannot be made ({error.strerror}): give another folder") from None
+        out = flag(settings, "out")
+        raise CMAEVError(f"{out} cannot be made ({error.strerror}): give another folder") from None
     if this_rank() == 0:
         lock_run(folder)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
@@ -2144,13 +2144,13 @@ def open_run(folder, settings, free, videos, **about):
 
 
 def lock_run(folder):
-    """Locks a run's folder until this process ends, however it ends. Raises CMAEVError if another one holds it."""
-    descriptor = os.open(f"{folder}/lock", os.O_WRONLY | os.O_CREAT, 0o666)  # closing it would release the lock
+    """Locks a run's folder until this process ends, however it ends. Raises CMAEVError if another one has."""
+    never_closed = os.open(f"{folder}/lock", os.O_WRONLY | os.O_CREAT, 0o666)  # closing it releases the lock
     try:
         import fcntl
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it, unlike flock's
+        fcntl.lockf(never_closed, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it, unlike flock's
     except BlockingIOError:
-        raise CMAEVError(f"{folder} is in use by another process: wait for its end, or give another --out") from None
+        raise CMAEVError(f"{folder} is in use by another process: wait, or give another --out") from None
     except (ImportError, OSError):  # Windows; a file system without locks
         pass
 
@@ -2163,7 +2163,7 @@ def save_checkpoint(run, step, state, name="checkpoint.pt"):
 
 
 def resume(run, state):
-    """Loads run/checkpoint.pt into `state`, and removes the log's lines after it -> the step to continue from, or 0."""
+    """Loads run/checkpoint.pt into `state`, removes later log lines -> the step to continue from, or 0."""
     path, step = Path(run) / "checkpoint.pt", 0
     if path.exists():
         checkpoint = read_checkpoint(path)
@@ -2175,9 +2175,9 @@ def resume(run, state):
     if this_rank() == 0:
         log = Path(run) / "log.jsonl"
         lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-        kept = [line for line in lines if line.endswith(b"\n") and parse_json(line, log, "step")["step"] <= step]
+        lines = [line for line in lines if line.endswith(b"\n")]  # the last one may be torn
         with atomic_write(log, "wb") as file:
-            file.writelines(kept)
+            file.writelines(line for line in lines if parse_json(line, log, "step")["step"] <= step)
     return step
 
 
@@ -2190,7 +2190,7 @@ def read_checkpoint(path):
 
 
 def write_log(run, record, steps, text):
-    """Appends a record to run/log.jsonl and prints it, on rank 0. `text`: the losses' part of the printed line."""
+    """Appends a record to run/log.jsonl and prints it, on rank 0. `text`: the losses in the printed line."""
     if this_rank() == 0:
         with open(f"{run}/log.jsonl", "a") as file:
             numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}
@@ -2212,4 +2212,4 @@ def read_log(run):
 
 
 if __name__ == "__main__":
-    print("this is a module: run pretrain.py, finetune.py, or a tool: python -m tools.one_clip clip.mp4 (see README.md)")
+    print("this is a module: run pretrain.py, finetune.py, or a tool: python -m tools.one_clip clip.mp4")
