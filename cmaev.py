@@ -36,7 +36,6 @@ from bisect import bisect_left, bisect_right
 from copy import deepcopy
 from datetime import timedelta
 from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: waiting OpenMP threads sleep, not spin
@@ -1676,10 +1675,7 @@ def load_weights(module, state, path, advice=""):
     module.load_state_dict(state)
 
 
-# =====================================================================================================================
-# 9  Training: what both scripts share
-# =====================================================================================================================
-
+# 9  Training: what both scripts share --------------------------------------------------------------------------------
 
 def objects_of_ranks(value):
     """Gathers a Python object of each rank -> list."""
