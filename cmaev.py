@@ -921,9 +921,7 @@ class PretrainClips(VideoClips):
         return sample
 
 
-# =====================================================================================================================
-# 7  Video files
-# =====================================================================================================================
+# 7  Video files --------------------------------------------------------------------------------------------
 
 VIDEO_SUFFIXES = set(
     ".mp4 .m4v .mov .qt .3gp .3g2 .f4v .mkv .webm .avi .divx .mpg .mpeg .mpe .m1v .m2v .mpv .vob .ts .mts .m2t .m2ts "
@@ -1438,9 +1436,7 @@ def check_readable(videos):
     raise errors[0]
 
 
-# =====================================================================================================================
-# 8  Weights
-# =====================================================================================================================
+# 8  Weights ------------------------------------------------------------------------------------------------
 
 HUGGING_FACE = (  # this project's and Hugging Face's names; "^": at the start
     ("^patch_embed.proj.", "^embeddings.patch_embeddings.projection."),
@@ -1675,7 +1671,7 @@ def load_weights(module, state, path, advice=""):
     module.load_state_dict(state)
 
 
-# 9  Training: what both scripts share --------------------------------------------------------------------------------
+# 9  Training: what both scripts share ----------------------------------------------------------------------
 
 def objects_of_ranks(value):
     """Gathers a Python object of each rank -> list."""
