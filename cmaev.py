@@ -62,12 +62,6 @@ class BadVideo(CMAEVError):
     """A video that cannot be read. Training replaces it with another video."""
 
 
-def last_line(error):
-    """The last line of an error's message, without the traceback that a worker process puts before it."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return re.sub(r"^cmaev\.(CMAEVError|BadVideo): ", "", line)
-
-
 def print0(*values):
     """Prints on rank 0."""
     if this_rank() == 0:
@@ -88,38 +82,6 @@ def seeded(*key):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(*key))
         yield torch.default_generator
-
-
-@contextlib.contextmanager
-def atomic_write(path, mode="w"):
-    """Writes a file atomically: under a temporary name, renamed at the end.
-
-    Raises CMAEVError if it cannot be written, for example on a full disk. The previous file is then kept.
-    """
-    partial = f"{path}.partial"
-    text = dict(encoding="utf-8", errors="surrogateescape") if mode == "w" else {}  # file names may be any bytes
-    try:
-        with open(partial, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        Path(partial).unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own error
-        if not isinstance(cause, OSError):
-            raise
-        kept = "the previous file is kept" if os.path.isfile(path) else "give another path, or make room"
-        raise CMAEVError(f"{path} cannot be written ({cause.strerror}): {kept}") from None
-
-
-def parse_json(text, path, *keys):
-    """Parses a file's JSON, or a line of it -> dict. Raises CMAEVError where one of the keys is missing."""
-    with contextlib.suppress(ValueError, AttributeError):
-        record = json.loads(text)
-        if record.keys() >= set(keys):
-            return record
-    raise CMAEVError(f"{path} is damaged (it has {text[:40]!r}): restore it or delete it")
 
 
 # 1  Tokens and tube mask ------------------------------------------------------------------------------------
@@ -944,6 +906,12 @@ MAX_KEPT = 2**28  # bytes of decoded frames that are kept of a file without an i
 MAX_SECONDS = 60  # to open a file, and to read from it
 
 
+def last_line(error):
+    """The last line of an error's message, without the traceback that a worker process puts before it."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return re.sub(r"^cmaev\.(CMAEVError|BadVideo): ", "", line)
+
+
 @contextlib.contextmanager
 def bad_video(path, what):
     """Converts library errors inside the block to BadVideo, "path: cannot be {what}: message"."""
@@ -1510,6 +1478,38 @@ def save_encoder(encoder, path):
     with atomic_write(path, "wb") as file:
         torch.save({"model": split_biases(state) if isinstance(encoder, VisionTransformer) else state,
                     "geometry": geometry}, file)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Writes a file atomically: under a temporary name, renamed at the end.
+
+    Raises CMAEVError if it cannot be written, for example on a full disk. The previous file is then kept.
+    """
+    partial = f"{path}.partial"
+    text = dict(encoding="utf-8", errors="surrogateescape") if mode == "w" else {}  # file names may be any bytes
+    try:
+        with open(partial, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        Path(partial).unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own error
+        if not isinstance(cause, OSError):
+            raise
+        kept = "the previous file is kept" if os.path.isfile(path) else "give another path, or make room"
+        raise CMAEVError(f"{path} cannot be written ({cause.strerror}): {kept}") from None
+
+
+def parse_json(text, path, *keys):
+    """Parses a file's JSON, or a line of it -> dict. Raises CMAEVError where one of the keys is missing."""
+    with contextlib.suppress(ValueError, AttributeError):
+        record = json.loads(text)
+        if record.keys() >= set(keys):
+            return record
+    raise CMAEVError(f"{path} is damaged (it has {text[:40]!r}): restore it or delete it")
 
 
 def load_tensors(path):
