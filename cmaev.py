@@ -33,10 +33,11 @@ import time
 import warnings
 import zipfile
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from copy import deepcopy
 from datetime import timedelta
 from decimal import Decimal
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: waiting OpenMP threads sleep, not spin
 
@@ -1406,58 +1407,49 @@ def check_readable(videos):
 
 # 8  Weights ------------------------------------------------------------------------------------------------
 
-HUGGING_FACE = (  # this project's and Hugging Face's names; "^": at the start
-    ("^patch_embed.proj.", "^embeddings.patch_embeddings.projection."),
-    ("^blocks.", "^encoder.layer."),
-    ("^norm.", "^layernorm."),
-    ("^head.", "^classifier."),
-    ("^decoder.embed.", "^encoder_to_decoder."),
-    ("^decoder.mask_token", "^mask_token"),
-    ("^decoder.blocks.", "^decoder.decoder_layers."),
-    (".norm1.", ".layernorm_before."),
-    (".norm2.", ".layernorm_after."),
-    (".attn.proj.", ".attention.output.dense."),
-    (".attn.", ".attention.attention."),
-    (".mlp.fc1.", ".intermediate.dense."),
-    (".mlp.fc2.", ".output.dense."),
-)
+HUGGING_FACE = {  # this project's names: Hugging Face's; "^" marks the start; replaced in this order
+    "^patch_embed.proj.": "^embeddings.patch_embeddings.projection.",
+    "^blocks.": "^encoder.layer.",
+    "^norm.": "^layernorm.",
+    "^head.": "^classifier.",
+    "^decoder.embed.": "^encoder_to_decoder.",
+    "^decoder.mask_token": "^mask_token",
+    "^decoder.blocks.": "^decoder.decoder_layers.",
+    ".norm1.": ".layernorm_before.",
+    ".norm2.": ".layernorm_after.",
+    ".attn.proj.": ".attention.output.dense.",
+    ".attn.": ".attention.attention.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+}
 WRAPPERS = "model", "module", "state_dict", "model_state", "teacher"  # where training scripts put the weights
-WEIGHTS = "a run's folder, its encoder.pt or checkpoint.pt, or weights of VideoMAE or of Hugging Face's VideoMAE"
+WEIGHTS = "a run's folder, its encoder.pt or checkpoint.pt, or VideoMAE's or Hugging Face's weights"
 
-# Types that other projects' checkpoints hold besides tensors: settings with paths, numpy's scalars and arrays
-SAFE_GLOBALS = [argparse.Namespace, np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
-for core in ("numpy.core", "numpy._core"):
-    SAFE_GLOBALS += [(np.float64(0).__reduce__()[0], f"{core}.multiarray.scalar"),
-                     (np.empty(0).__reduce__()[0], f"{core}.multiarray._reconstruct")]
-for module in ("pathlib", "pathlib._local"):
-    SAFE_GLOBALS += [(pure, f"{module}.{prefix}{system}Path") for system, pure in (
-        ("Posix", PurePosixPath), ("Windows", PureWindowsPath)) for prefix in ("", "Pure")]
-
-
-def rename(name, pairs):
-    """Replaces each old name inside `name` by the new one; "^" marks the start of the whole name."""
-    name = "^" + name
-    for old, new in pairs:
-        name = name.replace(old, new)
-    return name.removeprefix("^")
+# Types that other projects' files hold besides tensors: settings, paths, scalars and arrays of numpy 1 and 2
+SAFE_GLOBALS = [argparse.Namespace, np.ndarray, np.dtype]
+SAFE_GLOBALS += [getattr(np.dtypes, name) for name in np.dtypes.__all__]
+for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+    SAFE_GLOBALS += [(PurePosixPath, f"pathlib.{name}"), (PurePosixPath, f"pathlib._local.{name}")]
+for function in (np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]):
+    for package in ("numpy.core", "numpy._core"):
+        SAFE_GLOBALS.append((function, f"{package}.multiarray.{function.__name__}"))
 
 
 def convert_keys(state):
-    """Renames the weights of VideoMAE's and Hugging Face's state dicts to this project's names.
-
-    Encoder weights get no prefix, decoder weights `decoder.`. VideoMAE and most releases of transformers store no key
-    bias. A file may hold both kinds of biases, as save_hugging_face writes them.
-    """
+    """Renames VideoMAE's or Hugging Face's weights to this project's names, the decoder's with `decoder.` first."""
     new = {}
     for name, value in state.items():
-        name = re.sub(r"^(module\.|_orig_mod\.|videomae\.|backbone\.)+", "", name)
-        name = rename(name, [(theirs, ours) for ours, theirs in HUGGING_FACE]).removeprefix("encoder.")  # VideoMAE's
-        new[re.sub(r"attn\.([qkv])(uery|ey|alue)\.", r"attn.\1_", name)] = value
-    for name in [name for name in new if re.search(r"attn\.q_(weight|bias)$", name)]:
-        q, k, v = (new.pop(name.replace(".q_", f".{part}_"), None) for part in "qkv")
-        k = torch.zeros_like(q) if k is None and name.endswith("bias") else k
-        if k is not None and v is not None:
-            new[name.replace(".q_", ".qkv.")] = torch.cat([q, k, v])
+        name = "^" + re.sub(r"^(module\.|_orig_mod\.|videomae\.|backbone\.)+", "", name)
+        for ours, theirs in HUGGING_FACE.items():
+            name = name.replace(theirs, ours)
+        name = re.sub(r"\.attn\.([qkv])(uery|ey|alue)\.", r".attn.\1_", name)
+        new[name.removeprefix("^").removeprefix("encoder.")] = value
+    for q in [name for name in new if ".attn.q_" in name]:
+        parts = [q.replace(".q_", f".{part}_") for part in "qkv"]
+        if q.endswith("bias"):  # VideoMAE and most releases of transformers store no key bias
+            new.setdefault(parts[1], torch.zeros_like(new[q]))
+        if new.keys() >= set(parts):
+            new[q.replace(".q_", ".qkv.")] = torch.cat([new.pop(part) for part in parts])
     if "decoder.mask_token" in new:
         new["decoder.mask_token"] = new["decoder.mask_token"].flatten()
     return new
@@ -1465,19 +1457,22 @@ def convert_keys(state):
 
 def split_biases(state):
     """Splits each attn.qkv.bias into VideoMAE's q_bias and v_bias."""
-    split = {name: value for name, value in state.items() if not name.endswith("attn.qkv.bias")}
-    for stem in [name.removesuffix("qkv.bias") for name in state if name not in split]:
-        split[stem + "q_bias"], _, split[stem + "v_bias"] = state[stem + "qkv.bias"].clone().chunk(3)
+    split = dict(state)
+    for name in state:
+        if name.endswith(".attn.qkv.bias"):
+            stem = name.removesuffix("qkv.bias")
+            split[stem + "q_bias"], _, split[stem + "v_bias"] = split.pop(name).chunk(3)
     return split
 
 
 def save_encoder(encoder, path):
-    """Writes an encoder's file, {"model": state dict, "geometry": ...}. A ViT's weights have VideoMAE's names."""
-    state = encoder.state_dict()
-    geometry = {"grid": list(encoder.grid), "cube": list(encoder.cube), "heads": encoder.layers()[-1].attn.heads}
+    """Writes an encoder's file: {"model": state dict, with VideoMAE's names for a ViT, "geometry": ...}."""
+    state, heads = encoder.state_dict(), encoder.layers()[-1].attn.heads
+    if isinstance(encoder, VisionTransformer):
+        state = split_biases(state)
+    geometry = {"grid": list(encoder.grid), "cube": list(encoder.cube), "heads": heads}
     with atomic_write(path, "wb") as file:
-        torch.save({"model": split_biases(state) if isinstance(encoder, VisionTransformer) else state,
-                    "geometry": geometry}, file)
+        torch.save({"model": state, "geometry": geometry}, file)
 
 
 @contextlib.contextmanager
@@ -1512,41 +1507,23 @@ def parse_json(text, path, *keys):
     raise CMAEVError(f"{path} is damaged (it has {text[:40]!r}): restore it or delete it")
 
 
-def load_tensors(path):
-    """torch.load with weights_only=True, after verifying the zip file's checksums, which torch does not."""
-    if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"{part} is damaged")
-    with torch.serialization.safe_globals(SAFE_GLOBALS):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_weights(path):
-    """Reads a weight file, a run's folder or a Hugging Face folder -> state dict with this project's names, about_file.
-
-    Reads torch.save's files and, with the package safetensors, `.safetensors`. Raises CMAEVError for other files.
-    """
-    state, geometry = {}, {}
-    for file in weight_files(Path(path)):
-        try:
-            if file.suffix == ".safetensors":
-                from safetensors.torch import load_file
-                part = load_file(file)
-            else:
-                part = load_tensors(file)
-            geometry = part.get("geometry", {})
-            while inner := next((part[key] for key in WRAPPERS if isinstance(part.get(key), dict)), None):
-                part = inner
-        except ImportError:
-            raise CMAEVError(f"{file}: reading .safetensors needs the package safetensors: pip install it") from None
-        except Exception as error:
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            reason = type(error).__name__ if code is None else (
-                f"it holds a {code[1]}, which could run code: if you trust it, save only its state dict")
-            raise CMAEVError(f"{file} cannot be read as weights ({reason}): give {WEIGHTS}") from None
-        state |= {str(name): value for name, value in part.items() if torch.is_tensor(value)}
-    if not state:
-        raise CMAEVError(f"{path} holds no tensors: give {WEIGHTS}")
-    return convert_keys(state), about_file(Path(path), geometry)
+def load_tensors(path, advice=f"give {WEIGHTS}"):
+    """Reads torch.save's file or `.safetensors` -> dict, on the CPU. Runs no code from it. Raises CMAEVError."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not test it
+            raise ValueError("wrong checksum")
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except ImportError:
+        raise CMAEVError(f"{path} needs the package safetensors: pip install safetensors") from None
+    except Exception as error:
+        code, reason = re.search(r"GLOBAL (\S+)", str(error)), type(error).__name__
+        if code:
+            reason = f"it holds a {code[1]}, which could run code: if you trust it, save only its state dict"
+        raise CMAEVError(f"{path} cannot be read as weights ({reason}): {advice}") from None
 
 
 def weight_files(path):
@@ -1556,118 +1533,139 @@ def weight_files(path):
     for name in ("encoder.pt", "model.safetensors", "pytorch_model.bin", "checkpoint.pt"):
         if (path / name).is_file():
             return [path / name]
-        if (index := path / f"{name}.index.json").is_file():
-            try:
-                return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise CMAEVError(f"{index} is not an index of weights: restore it, or give a file of weights") from None
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            shards = parse_json(index.read_bytes(), index, "weight_map")["weight_map"].values()
+            return [path / shard for shard in sorted(set(shards))]
     raise CMAEVError(f"{path}: no such file of weights: give {WEIGHTS}, or none")
 
 
-def about_file(path, geometry):
-    """What is known of a file's encoder besides the weights -> dict of clip [T, H, W], heads, decoder_heads or fewer.
+def read_weights(path):
+    """Reads a weight file, a run's folder or a Hugging Face folder -> state dict with our names, about_file."""
+    state = {}
+    for file in weight_files(Path(path)):
+        content = load_tensors(file)
+        geometry = content.get("geometry")
+        for name in WRAPPERS:
+            if isinstance(content.get(name), dict):
+                content = content[name]
+        state |= {str(name): value for name, value in content.items() if torch.is_tensor(value)}
+    return convert_keys(state), about_file(Path(path), geometry)
 
-    This project's files hold it as `geometry`; else a run's settings.json or Hugging Face's config.json may stand
-    beside the file. Raises CMAEVError for a config.json with which the same weights give other features.
+
+def about_file(path, geometry):
+    """What a file tells besides weights -> dict of clip [T, H, W], heads, decoder_heads; None if unknown.
+
+    From `geometry`, in encoder.pt, or else a run's settings.json or Hugging Face's config.json beside the file.
+    Raises CMAEVError for a config.json with which the same weights give other features.
     """
     if geometry:
-        return dict(clip=[n * side for n, side in zip(geometry["grid"], geometry["cube"])], heads=geometry.get("heads"))
+        clip = [n * side for n, side in zip(geometry["grid"], geometry["cube"])]
+        return dict(clip=clip, heads=geometry.get("heads"), decoder_heads=None)
     folder, about = path if path.is_dir() else path.parent, {}
     for file in (folder / "config.json", folder / "settings.json"):
         if file.is_file():
             about = parse_json(file.read_bytes(), file)
             about = about.get("settings", about)
-    for name, ours, same in (("hidden_act", "gelu", lambda value: value == "gelu"), ("qkv_bias", True, bool),
-                             ("qv_bias", True, bool), ("layer_norm_eps", 1e-6, lambda value: 1e-12 <= value <= 1e-5)):
-        if name in about and not same(about[name]):
-            raise CMAEVError(f"{folder}/config.json: {name} is {about[name]}, here it is {ours}: give other weights")
+    for name, ours in dict(hidden_act="gelu", qkv_bias=True, qv_bias=True, layer_norm_eps=1e-6).items():
+        theirs = about.get(name, ours)
+        if theirs != ours and not (name == "layer_norm_eps" and 1e-12 <= theirs <= 1e-5):
+            raise CMAEVError(f"{folder}/config.json: {name} is {theirs}, here it is {ours}: not supported")
     _, sizes = ENCODERS.get(str(about.get("encoder")), (None, {}))
-    known = dict(heads=about.get("num_attention_heads", sizes.get("heads")),
-                 decoder_heads=about.get("decoder_num_attention_heads"))
     frames, size = about.get("frames", about.get("num_frames")), about.get("size", about.get("image_size"))
-    if frames and size:
-        known["clip"] = [frames, size, size] if isinstance(size, int) else [frames, *size]
-    return known
+    if isinstance(size, int):
+        size = [size, size]
+    return dict(clip=[frames, *size] if frames and size else None,
+                heads=about.get("num_attention_heads", sizes.get("heads")),
+                decoder_heads=about.get("decoder_num_attention_heads"))
+
+
+def encoder_of(state, about):
+    """The encoder of read_weights' result -> its class, its arguments, the scripts' flags for it as text.
+
+    An unknown clip is VideoMAE's, 16 x 224; unknown heads are those of an encoder of these sizes in ENCODERS,
+    else one per 64 channels, at most 16, as in ViT-H. Raises KeyError or ValueError.
+    """
+    depths = Counter(name.split(".")[0] for name in state if name.endswith(".norm1.weight"))
+    if "patch_embed1.proj.weight" in state:
+        kind, widths = ConvViT, tuple(len(state[f"embed_norms.{i}.weight"]) for i in range(3))
+        tubelet, side, _ = state["patch_embed1.proj.weight"].shape[2:]
+        width, patch = widths[2], 4 * side
+        sizes = dict(widths=widths, depths=tuple(depths[f"blocks{i}"] for i in (1, 2, 3)))
+    else:
+        kind, width = VisionTransformer, len(state["patch_embed.proj.weight"])
+        tubelet, patch, _ = state["patch_embed.proj.weight"].shape[2:]
+        sizes = dict(width=width, depth=depths["blocks"])
+    if about["heads"]:
+        sizes["heads"] = about["heads"]
+    name, entry = f"(an entry of ENCODERS with {sizes})", dict(heads=max(1, min(16, width // 64)))
+    for known, (_, its_sizes) in ENCODERS.items():
+        if its_sizes.items() >= sizes.items():
+            name, entry = known, its_sizes
+    frames, *size = about["clip"] or (16, 224, 224)
+    arguments = dict(entry, **sizes, frames=frames, size=size, tubelet=tubelet, patch=patch)
+    flags = f"--encoder {name} --frames {frames} --size {size[0]} --patch {patch} --tubelet {tubelet}"
+    if kind is ConvViT and "fusion1.weight" not in state:
+        arguments["fusion"] = False
+        flags += " --no-fusion"
+    return kind, arguments, flags
 
 
 def load_encoder(path, encoder=None, decoder=None):
     """Loads an encoder's weights, and a pixel decoder's if one is given and the file's fits -> the encoder.
 
-    `path`: this project's encoder.pt or checkpoint.pt, VideoMAE's pre-trained or fine-tuned files, Hugging Face's
-    VideoMAE (.bin, .safetensors), or the folder of a run. Without an encoder, one is built: see encoder_of. Position
-    embeddings are computed, not loaded. Prints what matched. Raises CMAEVError for a weight that is missing or has a
-    different shape, for more blocks, for other heads. The final norm may be missing: fine-tuned files have `fc_norm`.
+    `path`: a run's folder, encoder.pt or checkpoint.pt; VideoMAE's pre-trained or fine-tuned files; Hugging
+    Face's folder or file (.bin, .safetensors). Without an encoder, builds the file's. Positions are computed, not
+    loaded. Raises CMAEVError for a missing weight, another shape, more blocks, other heads, NaN. The final norm
+    may be missing: fine-tuned files have `fc_norm` in its place.
     """
     if decoder is not None and (Path(path) / "checkpoint.pt").is_file():
         path = Path(path) / "checkpoint.pt"  # a run's encoder.pt has no decoder
     state, about = read_weights(path)
     try:
-        kind, sizes, flags = encoder_of(state, about)
-        encoder = encoder or kind(**sizes)
-    except (KeyError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        flags = f"give {WEIGHTS}"
-        if encoder is None:
-            raise CMAEVError(f"{path} holds no encoder that can be built ({last_line(error)}): {flags}") from None
-    own, heads = encoder.state_dict(), encoder.layers()[-1].attn.heads
-    if about.get("heads") not in (None, heads):
-        raise CMAEVError(f"{path} is of another model: it has {about['heads']} attention heads, not {heads}: {flags}")
+        kind, arguments, flags = encoder_of(state, about)
+        encoder = encoder or kind(**arguments)
+    except (KeyError, ValueError) as error:
+        reason = last_line(error)
+        raise CMAEVError(f"{path} holds no encoder that can be built ({reason}): give {WEIGHTS}") from None
+    own = encoder.state_dict()
     matched = len(own.keys() & state.keys())
-    if "fc_norm.weight" in state:  # of fine-tuning, in place of the final norm
+    print0(f"{path}: {matched} of the encoder's {len(own)} weights, {len(state)} in the file")
+    if "fc_norm.weight" in state:  # a fine-tuned file
         state = encoder.norm.state_dict(prefix="norm.") | state
-    load_weights(encoder, {name: value for name, value in state.items() if name in own or name.startswith(
-        ("blocks", "patch_embed", "pos_embed", "cls_token"))}, path, f": {flags}")
-    missing = "" if matched == len(own) else " (not its final norm)"
-    print0(f"{path}: {matched} of the encoder's {len(own)} weights{missing}, {len(state) - len(own)} others in the file")
+    parts = "blocks", "patch_embed", "pos_embed", "cls_token"
+    of_encoder = {name: value for name, value in state.items() if name in own or name.startswith(parts)}
+    load_weights(encoder, of_encoder, path, f": its flags are {flags}", about["heads"])
     clip = [n * side for n, side in zip(encoder.grid, encoder.cube)]
-    if about.get("clip", clip) != clip:
-        print0("note: {} is for clips of {} frames of {}x{}, the encoder for {} of {}x{}: the position table is "
-               "recomputed".format(path, *about["clip"], *clip))
+    if about["clip"] not in (None, clip):
+        print0("note: {} is for clips of {} frames of {}x{}, the encoder for {} of {}x{}: "
+               "the position table is recomputed".format(path, *about["clip"], *clip))
     if decoder is not None:
-        of_decoder = {name.removeprefix("decoder."): x for name, x in state.items() if name.startswith("decoder.")}
-        shapes = [{name: x.shape for name, x in part.items()} for part in (of_decoder, decoder.state_dict())]
-        if shapes[0] == shapes[1] and about.get("decoder_heads") in (None, decoder.blocks[0].attn.heads):
-            load_weights(decoder, of_decoder, path)
-        else:
-            print0(f"note: {path} has no pixel decoder of this depth, width and heads: the decoder starts anew")
+        of_decoder = {name.removeprefix("decoder."): value for name, value in state.items()
+                      if name.startswith("decoder.")}
+        try:
+            load_weights(decoder, of_decoder, path, heads=about["decoder_heads"])
+        except CMAEVError as error:
+            print0(f"note: the decoder starts anew: {error}")
     return encoder
 
 
-def encoder_of(state, about):
-    """The encoder of a state dict from read_weights -> its class, its arguments, the scripts' flags for it as text.
-
-    What is not known: the clip is VideoMAE's, 16 x 224; heads are those of the encoder of these sizes in ENCODERS, else
-    there are 64 channels per head, and 16 heads in ViT-H and g.
-    """
-    depth = lambda blocks: len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
-    frames, *size = about.get("clip", [16, 224, 224])
-    if "patch_embed.proj.weight" in state:
-        kind, (width, _, tubelet, patch, _) = VisionTransformer, state["patch_embed.proj.weight"].shape
-        sizes, more = dict(width=width, depth=depth("blocks")), {}
-    else:
-        kind, (_, _, tubelet, patch, _) = ConvViT, state["patch_embed1.proj.weight"].shape
-        widths, patch = [len(state[f"embed_norms.{i}.weight"]) for i in range(3)], 4 * patch
-        sizes = dict(widths=tuple(widths), depths=tuple(depth(f"blocks{i}") for i in (1, 2, 3)))
-        width, more = widths[2], dict(fusion="fusion1.weight" in state)
-    names = {its["heads"]: name for name, (_, its) in ENCODERS.items() if its.items() >= sizes.items()}
-    heads = about.get("heads") or next(iter(names), {1280: 16, 1408: 16}.get(width, width // 64))
-    name = names.get(heads, f"(an entry of ENCODERS with {sizes} and {heads} heads)")
-    flags = (f"its flags are --encoder {name} --frames {frames} --size {size[0]} --patch {patch} --tubelet {tubelet}"
-             + (" --no-fusion" if more.get("fusion") is False else ""))
-    return kind, sizes | more | dict(heads=heads, frames=frames, size=size, tubelet=tubelet, patch=patch), flags
-
-
-def load_weights(module, state, path, advice=""):
-    """load_state_dict, strict. Raises CMAEVError, ending in `advice`, for the first misfit, and for NaN and inf."""
+def load_weights(module, state, path, advice="", heads=None):
+    """load_state_dict, strict. Raises CMAEVError for a misfit, for other than `heads` heads, for NaN and inf."""
     own, wrong = module.state_dict(), f"{path} is of another model: "
     for name, value in own.items():
         if name not in state:
             raise CMAEVError(f"{wrong}it has no {name}{advice}")
         if state[name].shape != value.shape:
             raise CMAEVError(f"{wrong}{name} is {list(state[name].shape)}, not {list(value.shape)}{advice}")
-    if unknown := state.keys() - own.keys():
-        raise CMAEVError(f"{wrong}it has {min(unknown)}, which this model does not have{advice}")
-    if bad := next((name for name, value in state.items() if not value.isfinite().all()), None):
-        raise CMAEVError(f"{path}: {bad} holds NaN or inf, as after a run that diverged: give other weights")
+    for name, value in state.items():
+        if name not in own:
+            raise CMAEVError(f"{wrong}it has {name}, which this model does not have{advice}")
+        if not value.isfinite().all():
+            raise CMAEVError(f"{path}: {name} holds NaN or inf, as of a run that diverged: give other weights")
+    for part in module.modules():
+        if isinstance(part, Attention) and heads not in (None, part.heads):
+            raise CMAEVError(f"{wrong}it has {heads} attention heads, not {part.heads}{advice}")
     module.load_state_dict(state)
 
 
@@ -2175,10 +2173,7 @@ def resume(run, state):
 
 def read_checkpoint(path):
     """A run's checkpoint.pt -> dict. Raises CMAEVError for a damaged one."""
-    try:
-        return load_tensors(path)
-    except Exception as error:
-        raise CMAEVError(f"{path} cannot be read ({type(error).__name__}): restore it or delete it") from None
+    return load_tensors(path, "restore it or delete it")
 
 
 def write_log(run, record, steps, text):

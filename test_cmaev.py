@@ -1467,7 +1467,7 @@ def test_folders_of_hugging_faces(tmp_path, encoder_without_k_bias, suffix):
             cmaev.load_encoder(tmp_path, small_encoder("vit"))
     for text in ("{}", "no json", "[]"):
         index.write_text(text)
-        with pytest.raises(cmaev.CMAEVError, match="is not an index of weights"):
+        with pytest.raises(cmaev.CMAEVError, match="index.json is damaged"):
             cmaev.load_encoder(tmp_path, small_encoder("vit"))
 
 
@@ -1506,6 +1506,7 @@ def test_an_encoder_is_built_from_its_file(tmp_path, name):
     torch.save({"model": {f"encoder.{key}": value for key, value in large.state_dict().items()}}, tmp_path / "x.pth")
     for file, text, geometry in (("none", "", (8, 28, 28)),
                                  ("config.json", '{"num_frames": 4, "image_size": 64}', (2, 8, 8)),
+                                 ("config.json", '{"num_frames": 4, "image_size": [64, 32]}', (2, 8, 4)),
                                  ("settings.json", '{"settings": {"frames": 2, "size": 32}}', (1, 4, 4))):
         (tmp_path / file).write_text(text)
         built = cmaev.load_encoder(tmp_path / "x.pth")
@@ -1668,8 +1669,8 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--init lost.pt": "error: --init lost.pt: no such file",
         **{f"--init {file}": f"{file} cannot be read as weights" for file in (
             "text.mp4", "good.mp4", "good.txt", "empty.txt", "array.npz", "tensor.pt")},
-        "--init no-tensors.pt": "no-tensors.pt holds no tensors: give a run's folder, its encoder.pt or",
-        "--init other.pt": "other.pt is of another model: it has no patch_embed.proj.weight: give a run's folder",
+        "--init no-tensors.pt": "no-tensors.pt holds no encoder that can be built ('patch_embed.proj.weight'): give a",
+        "--init other.pt": "other.pt holds no encoder that can be built ('patch_embed.proj.weight'): give a",
         "--data huge.txt": f"class 1 of 0 to {10**20} has no video", "--val huge.txt": f"good.mp4 has label {10**20}: ",
         "--data huge.txt --probe knn": f"class 1 of 0 to {10**20} has no video",
         "--data huge.txt --features x.npz --init other.pt": f"label {10**20} takes more than 64 bits",
