@@ -1981,6 +1981,15 @@ def grad_scaler(dtype, device):
     return torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=interval)
 
 
+def data_parallel(model):
+    """Wraps a model in DDP if there are several ranks: it averages their gradients."""
+    if world_size() == 1:
+        return model
+    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel.broadcast_buffers = False  # the constant tables; torch 2.14 deprecates the argument
+    return parallel
+
+
 def synchronised(parallel, last):
     """Context of a micro-batch's forward and backward pass: DDP averages gradients in the last one."""
     return contextlib.nullcontext() if last or world_size() == 1 else parallel.no_sync()

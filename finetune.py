@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -571,7 +570,7 @@ def main():
                  + (f"; continuing from step {start}" if start else ""))
 
     cmaev.note_weak_settings(s, steps)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    parallel = cmaev.data_parallel(model)
     if s.compile:
         parallel = torch.compile(parallel)
     one_view = LabelledClips(tests, s.frames, s.rate, s.size, s.sampling)

@@ -18,7 +18,6 @@ import cmaev  # before torch: it sets how OpenMP's threads wait
 from tools import demo_videos
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
 DEMO = "data/demo/train.txt"
@@ -136,7 +135,7 @@ def build(s, device):
     scaler = cmaev.grad_scaler(dtype, device)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
     num_micro_batches = cmaev.micro_batches(s, s.repeats)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if cmaev.world_size() > 1 else model
+    parallel = cmaev.data_parallel(model)
     compiled = torch.compile if s.compile else lambda function: function
     parallel, two_features = compiled(parallel), compiled(features)
     normalize, augment_colors = compiled(cmaev.normalize), compiled(cmaev.augment_colors)
