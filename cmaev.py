@@ -1,6 +1,6 @@
 """CMAE-V: contrastive masked autoencoders for video, in one module (arXiv 2301.06018).
 
-Read it beside the paper, from top to bottom. The method comes first; file reading and training utilities follow:
+Read it beside the paper, from top to bottom. The method comes first; files, weights and training follow:
 
      1  tokens and tube mask   cuts clips into cubes; masks 90 % of the tokens
      2  encoders               ViT and ConvViT: encoder(clip, visible) -> tokens
@@ -12,10 +12,10 @@ Read it beside the paper, from top to bottom. The method comes first; file readi
      8  weights                loads this project's, VideoMAE's and Hugging Face's weights; saves an encoder
      9  training               what the scripts share: settings, ranks, AMP, schedule, step, checkpoint, log
 
-Each number is marked with its source: the paper or public code of [VideoMAE], [CMAE], [ConvMAE], [MAE], ...; [choice]:
+Each number is marked with its source: the paper or public code of [VideoMAE], [CMAE], [ConvMAE], ...; [choice]:
 ours, where none of them gives a value.
-Shapes: B clips, T frames, H x W pixels; N tokens, N_v visible, N_m masked; D encoder width; (T', H', W') token grid.
-A cube is the pixels of one token: tubelet frames x patch x patch pixels. A tube is all tokens at one spatial position.
+Shapes: B clips, T frames, H x W pixels; N tokens, N_v visible, N_m masked; D encoder width; grid (T', H', W').
+A cube is the pixels of one token: tubelet frames x patch x patch pixels. A tube is all tokens at one position.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: waiting OpenMP threads sleep, not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting OpenMP threads sleep, not spin
 
 import av
 import numpy as np
@@ -76,7 +76,7 @@ def seed_of(*key):
 
 @contextlib.contextmanager
 def seeded(*key):
-    """Seeds torch's global CPU generator from the integers `key` inside the block, and restores it at the end.
+    """Seeds torch's global CPU generator from the integers `key` inside the block; restores it at the end.
 
     torchvision's random transforms draw from the global one.
     """
@@ -897,10 +897,10 @@ CONTAINERS = (  # formats that contain their own frames: no playlists, no refere
 INDEXED = {"mov", "matroska"}  # formats with a timestamp per frame
 SKIPPING = {"h264", "hevc"}  # decoders that can skip frames packet by packet; libdav1d and vp9 cannot
 ONE_TO_ONE = {"h264", "hevc", "av1", "vp9", "mjpeg", "prores"}  # codecs with one shown frame per packet
-ANY_METADATA = {} if int(av.__version__.split(".")[0]) > 18 else dict(metadata_errors="replace")  # default in PyAV 19
+ANY_METADATA = dict(metadata_errors="replace") if int(av.__version__.split(".")[0]) < 19 else {}
 CONVERTED = {0, 1, 2, 4, 5, 6, 7, 9}  # matrices of H.273 that swscale 9 converts to RGB; 2: none given
-SideDataType._missing_ = classmethod(lambda cls, value: cls.PANSCAN)  # PyAV 18 raises for FFmpeg 8.1's newest types
-warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")  # torchvision: see read_image
+SideDataType._missing_ = classmethod(lambda cls, value: cls.PANSCAN)  # PyAV 18 raises for types of FFmpeg 8.1
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")  # see read_image
 MAX_PIXELS = 2**26  # of one frame
 MAX_BYTES = 2**32  # of the frames of one sample, before they are cropped
 MAX_KEPT = 2**28  # bytes of decoded frames that are kept of a file without an index
@@ -944,7 +944,7 @@ class Video:
                 self.images = frame_files(self.path)
                 self.length = len(self.images)
             else:
-                self._open(fflags="noparse")  # indexed formats have a frame per packet: AV1 takes half the time
+                self._open(fflags="noparse")  # indexed formats have a frame per packet: half AV1's time
                 if not self._index_packets():
                     self._count_frames()
         if self.length == 0:
@@ -1096,7 +1096,7 @@ class Video:
     def _seek_and_decode(self, indices, key):
         """The frames at `indices`, by decoding from the key frame at time `key`: {index: image}.
 
-        Stops early if the first frame is not the key frame, or if later ones are not in the index or do not rise.
+        Stops early if the first frame is not the key frame, or a later one is not in the index or does not rise.
         """
         first = bisect_left(self.times, key)  # an edit list may discard the key frame itself
         end = next(iter(self.keys[bisect_right(self.keys, key):]), self.times[-1])
@@ -1125,7 +1125,7 @@ class Video:
         yield from self.codec.decode(None)
 
     def _decode_from_start(self):
-        """Yields all frames as FFmpeg's command line does: without damaged ones; a truncated file just ends."""
+        """Yields all frames as FFmpeg's command line does, without damaged ones; a truncated file just ends."""
         self._open()
         packets, packet = self._packets(), self
         while packet is not None:
@@ -1152,7 +1152,7 @@ class Video:
 
         A display matrix of the first frame alone (H.264's message) holds for all.
         """
-        if frame.colorspace not in CONVERTED:  # as FFmpeg 5: BT.2020's for its constant luminance, else BT.601's
+        if frame.colorspace not in CONVERTED:  # as FFmpeg 5: BT.2020's for constant luminance, else BT.601's
             frame.colorspace = 9 if frame.colorspace == 10 else 2
         scale = {}
         if (frame.width, frame.height) != self.size:
@@ -1178,7 +1178,7 @@ def container_margins(container, index):
 
 
 def begins_plainly(packet, codec):
-    """Whether the first packet of an H.264 or HEVC file shows a frame and has no message that turns the video.
+    """Whether the first packet of an H.264 or HEVC file shows a frame, and no message in it turns the video.
 
     Its units stand after their lengths, as in mp4 and Matroska. In H.264, one must be an IDR slice: a file that
     starts at a recovery point shows no frame at first.
@@ -1189,7 +1189,8 @@ def begins_plainly(packet, codec):
     while at < len(data):
         end = at + int.from_bytes(data[at - length_bytes:at], "big")
         unit_type = data[at] & 31 if h264 else data[at] >> 1
-        if unit_type == (6 if h264 else 39) and re.search(rb"\x2f[\3-\7]", data[at:end]):  # SEI: display orientation
+        is_message = unit_type == (6 if h264 else 39)  # SEI
+        if is_message and re.search(rb"\x2f[\3-\7]", data[at:end]):  # display orientation
             return False
         types.add(unit_type)
         at = end + length_bytes
@@ -1204,7 +1205,7 @@ def display_matrix(frame):
 def upright(image, matrix):
     """Rotates and flips an image [H, W, 3] as FFmpeg's display matrix says, if there is one.
 
-    The matrix maps column x and row y of the stored picture to column a x + c y and row b x + d y of the shown one.
+    The matrix maps column x and row y of the stored picture to column a x + c y and row b x + d y of the shown.
     """
     if matrix is None:
         return image
@@ -1218,10 +1219,10 @@ def upright(image, matrix):
 
 
 def read_image(path):
-    """Reads a JPEG or PNG file -> uint8 RGB [H, W, 3], by torchvision, which deprecates this, or else by PyAV.
+    """Reads a JPEG or PNG file -> uint8 RGB [H, W, 3], by torchvision, which deprecates this, or by PyAV.
 
-    PyAV interpolates a JPEG's colours less smoothly than libjpeg: in footage 1 grey level apart on average, 22 at
-    most (12 videos, qualities 75 to 95); more at edges of saturated colours.
+    PyAV interpolates a JPEG's colours less smoothly than libjpeg: in footage 1 grey level apart on average, 22
+    at most (12 videos, qualities 75 to 95); more at edges of saturated colours.
     """
     data = np.fromfile(path, np.uint8)
     try:
@@ -1240,9 +1241,9 @@ LAST_NUMBER = re.compile(r"^(.*?)\d+(?:\.\d+)?(\D*)$", re.DOTALL)
 def frame_files(folder):
     """The paths of a folder's JPEG and PNG frames, in natural order: img_2 before img_10, x before x (1).
 
-    Names that are decimal numbers, as 0.04 and 0.1, are in the order of the numbers. If the names form groups by the
-    words around their last number, as img_00001 and flow_x_00001, the group that begins with img, image, frame, rgb or
-    color is taken. Raises BadVideo if there is no such group, or several, and for two files of one frame.
+    Names that are decimal numbers, as 0.04 and 0.1, are in the order of the numbers. If the names form groups by
+    the words around their last number, as img_00001 and flow_x_00001, the group that begins with img, image, frame,
+    rgb or color is taken. Raises BadVideo if there is no such group, or several, and for two files of one frame.
     """
     stems = {name: os.path.splitext(name)[0].lower() for name in os.listdir(folder) if is_image(name)}
     groups, known = {}, set(stems.values())
@@ -1258,9 +1259,11 @@ def frame_files(folder):
             examples = ", ".join(sorted(min(group) for group in groups.values())[:9])
             raise BadVideo(f"{folder}: its pictures form {len(groups)} groups ({examples}): keep one of them")
         names = frames[0]
-    decimal = all(re.fullmatch(r"\d+(\.\d+)?", stems[name]) for name in names)
-    order = {name: Decimal(stems[name]) if decimal else
-             [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", stems[name]))] for name in names}
+    if all(re.fullmatch(r"\d+(\.\d+)?", stems[name]) for name in names):
+        order = {name: Decimal(stems[name]) for name in names}
+    else:
+        parts = {name: re.split(r"(\d+)", stems[name]) for name in names}  # text, number, text, ...
+        order = {name: [int(x) if k % 2 else x for k, x in enumerate(parts[name])] for name in names}
     names.sort(key=order.get)
     for name, following in zip(names, names[1:]):
         if order[name] == order[following]:
@@ -1280,19 +1283,19 @@ def is_image(name):
 def read_list(path):
     """Reads a list file or a folder of videos -> [(path of a video or of a folder of frames, label or None)].
 
-    A list has one video per line: `path label`, `path,label`, VideoMAE's `path frames label`, or `path`; labels are
-    integers. Paths may hold spaces or be quoted as in CSV files; relative ones are relative to the list. If the whole
-    line is a path that exists, the video has no label. In a folder, each class folder root/class/ that holds videos, at
-    any depth, is one label, in alphabetical order; videos that lie in the root itself have no label. Hidden entries are
-    ignored. The number of files left out is printed.
+    A list has one video per line: `path label`, `path,label`, VideoMAE's `path frames label`, or `path`; labels
+    are integers. Paths may hold spaces or be quoted as in CSV files; relative ones are relative to the list. If the
+    whole line is a path that exists, the video has no label. In a folder, each class folder root/class/ that holds
+    videos, at any depth, is one label, in alphabetical order; videos that lie in the root itself have no label.
+    Hidden entries are ignored. The number of files left out is printed.
     Raises CMAEVError, with the line's number, for a bad line or a path that does not exist.
     """
     path = os.fspath(path)
     if not os.path.exists(path):
-        raise CMAEVError(f"{path}: no such list or folder: give a text file, one `path label` per line, or a folder")
+        raise CMAEVError(f"{path}: no such list or folder: give a text file, a `path label` per line, or a folder")
     videos = _read_folder(path) if os.path.isdir(path) else _read_list_file(path)
     if not videos:
-        raise CMAEVError(f"{path}: no videos in it: give one `path label` per line, or a folder of video files")
+        raise CMAEVError(f"{path}: no videos in it: give a `path label` per line, or a folder of video files")
     return videos
 
 
@@ -1327,10 +1330,10 @@ TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test", "tes
 
 
 def split_folder(root):
-    """A data set's parts in a folder -> the one to train on, the one to test on or ""; without parts root, "".
+    """Finds a data set's parts in a folder -> the one to train on, the one to test on; or root, "".
 
-    They are root/train and the first of root/val, root/test, ... that exists; train_256 is a train. Beside other
-    folders they may be classes: then both must exist and train must hold folders itself.
+    They are root/train and the first of root/val, root/test, ... that exists; train_256 is a train. Beside
+    other folders they may be classes: then both must exist and train must hold folders itself.
     """
     entries = [e for e in os.scandir(root) if e.is_dir()] if os.path.isdir(root) else []
     entries = sorted((e.name.lower(), e.path) for e in entries if e.name not in HIDDEN and e.name[0] != ".")
@@ -1390,8 +1393,10 @@ def _read_list_file(path):
 
 def subset(videos, count, seed):
     """The first `count` videos of a seeded shuffle; all of them for 0."""
+    if count == 0:
+        return videos
     with seeded(seed) as generator:
-        return [videos[i] for i in torch.randperm(len(videos), generator=generator)[:count]] if count else videos
+        return [videos[i] for i in torch.randperm(len(videos), generator=generator)[:count]]
 
 
 def check_readable(videos):
@@ -1436,7 +1441,7 @@ for function in (np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]):
 
 
 def convert_keys(state):
-    """Renames VideoMAE's or Hugging Face's weights to this project's names, the decoder's with `decoder.` first."""
+    """Renames VideoMAE's or Hugging Face's weights to this project's names; the decoder's begin with `decoder.`."""
     new = {}
     for name, value in state.items():
         name = "^" + re.sub(r"^(module\.|_orig_mod\.|videomae\.|backbone\.)+", "", name)
@@ -1482,7 +1487,7 @@ def atomic_write(path, mode="w"):
     Raises CMAEVError if it cannot be written, for example on a full disk. The previous file is then kept.
     """
     partial = f"{path}.partial"
-    text = dict(encoding="utf-8", errors="surrogateescape") if mode == "w" else {}  # file names may be any bytes
+    text = dict(encoding="utf-8", errors="surrogateescape") if mode == "w" else {}  # names may be any bytes
     try:
         with open(partial, mode, **text) as file:
             yield file
@@ -1491,7 +1496,7 @@ def atomic_write(path, mode="w"):
         os.replace(partial, path)
     except BaseException as error:
         Path(partial).unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own error
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
         if not isinstance(cause, OSError):
             raise
         kept = "the previous file is kept" if os.path.isfile(path) else "give another path, or make room"
@@ -1508,7 +1513,7 @@ def parse_json(text, path, *keys):
 
 
 def load_tensors(path, advice=f"give {WEIGHTS}"):
-    """Reads torch.save's file or `.safetensors` -> dict, on the CPU. Runs no code from it. Raises CMAEVError."""
+    """Reads torch.save's file or `.safetensors` -> dict on the CPU. Runs no code of it. Raises CMAEVError."""
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -1556,7 +1561,7 @@ def read_weights(path):
 def about_file(path, geometry):
     """What a file tells besides weights -> dict of clip [T, H, W], heads, decoder_heads; None if unknown.
 
-    From `geometry`, in encoder.pt, or else a run's settings.json or Hugging Face's config.json beside the file.
+    From `geometry`, in encoder.pt, or a run's settings.json or Hugging Face's config.json beside the file.
     Raises CMAEVError for a config.json with which the same weights give other features.
     """
     if geometry:
@@ -1651,7 +1656,7 @@ def load_encoder(path, encoder=None, decoder=None):
 
 
 def load_weights(module, state, path, advice="", heads=None):
-    """load_state_dict, strict. Raises CMAEVError for a misfit, for other than `heads` heads, for NaN and inf."""
+    """load_state_dict, strict. Raises CMAEVError for a misfit, for other heads than `heads`, for NaN and inf."""
     own, wrong = module.state_dict(), f"{path} is of another model: "
     for name, value in own.items():
         if name not in state:
