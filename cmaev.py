@@ -1610,7 +1610,7 @@ def encoder_of(state, about):
     frames, *size = about["clip"] or (16, 224, 224)
     arguments = dict(entry, **sizes, frames=frames, size=size, tubelet=tubelet, patch=patch)
     flags = f"--encoder {name} --frames {frames} --size {size[0]} --patch {patch} --tubelet {tubelet}"
-    if kind is ConvViT and "fusion1.weight" not in state:
+    if kind is ConvViT and not any(name.startswith("fusion") for name in state):
         arguments["fusion"] = False
         flags += " --no-fusion"
     return kind, arguments, flags
