@@ -31,6 +31,7 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 import zipfile
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -903,7 +904,7 @@ SideDataType._missing_ = classmethod(lambda cls, value: cls.PANSCAN)  # PyAV 18 
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")  # see read_image
 MAX_PIXELS = 2**26  # of one frame
 MAX_BYTES = 2**32  # of the frames of one sample, before they are cropped
-MAX_KEPT = 2**28  # bytes of decoded frames that are kept of a file without an index
+MAX_KEPT = 2**27  # pixels of decoded frames that are kept of a file without an index
 MAX_SECONDS = 60  # to open a file, and to read from it
 
 
@@ -929,13 +930,13 @@ class Video:
     """The sequence of frames that `ffmpeg -i path` shows.
 
     `path`: a file, whose best video stream is read, or a folder of JPEG or PNG frames (see frame_files). If a
-    file's packets give a frame index that can be trusted, `read` seeks. Otherwise the file is decoded from the
-    start, once per opened file if its frames take at most MAX_KEPT bytes. If a read finds another number of frames
-    than the index has, it corrects the length and raises BadVideo: draw the indices again.
-    Raises BadVideo if the file cannot be opened, has no frames, or exceeds the limits above.
+    file's packets give a frame index that can be trusted, `read` seeks; else it decodes from the start, once if
+    the frames have at most MAX_KEPT pixels. A read that finds another number of frames than the index has
+    corrects the length and raises BadVideo: draw the indices again.
+    Raises BadVideo also if the file cannot be opened, has no frames, or exceeds the limits above.
     """
 
-    container = images = times = kept = matrix = None
+    images = times = matrix = None
 
     def __init__(self, path):
         self.path, self.deadline = str(path), time.monotonic() + MAX_SECONDS
@@ -945,25 +946,18 @@ class Video:
                 self.length = len(self.images)
             else:
                 self._open(fflags="noparse")  # indexed formats have a frame per packet: half AV1's time
-                if not self._index_packets():
+                with contextlib.suppress(av.error.FFmpegError):
+                    self._index_packets()
+                if not self.times:
                     self._count_frames()
         if self.length == 0:
-            raise BadVideo(f"{path}: no frames in it: give a video file, or a folder of .jpg or .png frames")
-
-    def _close(self):
-        if self.container:  # its streams reference it, so that only the garbage collector would close it
-            self.container.close()
-
-    __del__ = _close
+            raise BadVideo(f"{path}: no frames in it, or too large: give a video or a folder of .jpg or .png")
 
     def __len__(self):
         return self.length
 
     def read(self, indices):
-        """The frames at `indices` (in [0, len), in any order, repeats allowed) -> uint8 RGB [T, H, W, 3].
-
-        Decodes each frame at most once, and crops, rotates and flips it as the file says.
-        """
+        """The frames at `indices` (in [0, len), in any order, repeats allowed) -> uint8 RGB [T, H, W, 3]."""
         frames = self.frames(indices)
         return torch.stack([frames[int(i)] for i in indices])
 
@@ -974,64 +968,52 @@ class Video:
             raise BadVideo(f"{self.path}: has frames 0 to {self.length - 1}, asked for {wanted or 'none'}")
         self.deadline = time.monotonic() + MAX_SECONDS
         with bad_video(self.path, "decoded"):
-            frames = self._read_images(wanted) if self.images else self._read_file(wanted)
+            if self.images:
+                frames = {i: read_image(self.images[i]) for i in wanted}
+            else:
+                frames = self._read_file(wanted)
         if len(frames) < len(wanted):
             raise BadVideo(f"{self.path}: frame {wanted[-1]} cannot be decoded: damaged?")
         if len({frame.shape for frame in frames.values()}) > 1:
             raise BadVideo(f"{self.path}: its frames have different sizes: take it off the list")
         return frames
 
-    def _read_images(self, wanted):
-        frames = {}
-        for i in wanted:
-            frames[i] = read_image(self.images[i])
-            self._check_size(frames[i].shape[1], frames[i].shape[0], len(wanted))
-        return frames
-
     def _read_file(self, wanted):
-        self._check_size(*self.size, len(wanted))
+        width, height = self.size
+        if 3 * width * height * len(wanted) > MAX_BYTES:
+            raise ValueError(f"{len(wanted)} frames of {width}x{height} pixels are too large: scale them down")
         if self.times:
-            frames, promised = self._read_by_seeking(wanted), self.length
-            if len(frames) == len(wanted):
-                return frames
+            with contextlib.suppress(av.error.FFmpegError):
+                frames = self._read_by_seeking(wanted)
+                if len(frames) == len(wanted):
+                    return frames
+            promised = self.length
             self._count_frames()  # the index is wrong
             if self.length != promised:
-                raise BadVideo(f"{self.path}: has {self.length} frames, not {promised} as in its index: "
-                               "draw again")
-            self._check_size(*self.size, len(wanted))
+                raise ValueError(f"has {self.length} frames, not {promised} as in its index: draw again")
         frames = {}
         for i, frame in enumerate(self.kept or self._decode_from_start()):
-            if i == 0:
-                self.matrix = display_matrix(frame)
             if i in wanted:
                 frames[i] = self._to_rgb(frame)
             if i == wanted[-1]:
                 break
         return frames
 
-    def _check_size(self, width, height, count=1):
-        if width * height > MAX_PIXELS or 3 * width * height * count > MAX_BYTES:
-            raise BadVideo(f"{self.path}: {count} frames of {width}x{height} pixels are too large: "
-                           "scale them down")
-
     def _open(self, **options):
-        self._close()
         if not os.path.isfile(self.path):  # no device, no pipe, no address
-            raise BadVideo(f"{self.path}: cannot be opened as a video: no such file")
+            raise ValueError("no such file")
         options |= dict(protocol_whitelist="file", format_whitelist=CONTAINERS)  # no network, no other file
         try:
             self.container = av.open(f"file:{self.path}", container_options=options,
                                      timeout=MAX_SECONDS, **ANY_METADATA)
         except av.error.ArgumentError:
-            raise BadVideo(f"{self.path}: cannot be opened as a video: its format is not allowed: "
-                           f"convert it to one of {CONTAINERS}") from None
+            raise ValueError(f"its format is not allowed: convert it to one of {CONTAINERS}") from None
+        weakref.finalize(self, self.container.close)  # reference cycles keep it open
         self.stream = self.container.streams.best("video")
         self.codec = self.stream and self.stream.codec_context
         if self.codec is None:
             raise BadVideo(f"{self.path}: has no video stream that can be decoded: take it off the list")
-        self.size = self.codec.width, self.codec.height
-        self._check_size(*self.size)
-        self.codec.options = {"max_pixels": str(MAX_PIXELS)}  # also if the size changes later in the stream
+        self.codec.options = {"max_pixels": str(MAX_PIXELS)}  # larger frames are not decoded
         self.codec.flags |= av.codec.context.Flags.unaligned  # crop to the pixel, as FFmpeg's command line
         self.codec.thread_count = 1  # the loader's workers are the parallelism
         self.margins = container_margins(self.container, self.stream.index)
@@ -1039,113 +1021,98 @@ class Video:
     def _packets(self):
         for packet in self.container.demux(self.stream):
             if time.monotonic() > self.deadline:
-                raise BadVideo(f"{self.path}: takes more than {MAX_SECONDS} s to read: cut it, or put it into "
-                               "another container: ffmpeg -i old -c copy new.mp4")
+                raise ValueError(f"takes more than {MAX_SECONDS} s to read: cut it, or put it into another "
+                                 "container: ffmpeg -i old -c copy new.mp4")
             if packet.size:  # without the empty ones: AVI's dropped frames, and PyAV's final flush packet
                 yield packet
 
     def _index_packets(self):
-        """Indexes the times of frames and key frames without decoding -> whether the index can be trusted.
+        """Sets the times of all frames and of the key frames, if they can be trusted.
 
         Conditions [choice]: the format has a timestamp per frame and the codec a frame per packet; no packet is
-        damaged; the first packet is a key frame and the first frame; times are distinct; decoding times rise
-        (Matroska may lack some); B-frames reorder the two. Packets that an edit list discards are not shown.
+        damaged; times are distinct; B-frames reorder them; the first packet is a key frame and the first frame,
+        and the decoder shows it. Packets that an edit list discards are not shown.
         """
-        codec, packets = self.codec.codec.canonical_name, []
+        codec, packets = self.stream.codec.canonical_name, []
         if self.container.format.name.split(",")[0] not in INDEXED or codec not in ONE_TO_ONE:
-            return False
-        try:
-            for packet in self._packets():
-                if packet.is_corrupt:
-                    return False
-                if not packets and codec in SKIPPING and not begins_plainly(packet, self.codec):
-                    return False
-                packets.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-        except av.error.FFmpegError:
-            return False
-        times = [pts for pts, _, _, _ in packets]
-        decoding_times = [dts for _, dts, _, _ in packets if dts is not None]
-        if not times or None in times or len(set(times)) < len(times) or times[0] > min(times):
-            return False
-        if not packets[0][2] or any(b <= a for a, b in zip(decoding_times, decoding_times[1:])):
-            return False
+            return
+        for packet in self._packets():
+            if packet.is_corrupt:
+                return
+            if not packets and codec in SKIPPING:
+                copy = av.Packet(bytes(packet))  # is shown even if an edit list discards the packet
+                shown = self.codec.decode(copy) + self.codec.decode(None)
+                if not shown:  # H.264 may begin at a recovery point
+                    return
+                self.matrix = display_matrix(shown[0])
+            packets.append((packet.pts, packet.is_keyframe, packet.is_discard))
+        times = [pts for pts, _, _ in packets]
+        if not times or None in times or len(set(times)) < len(times):
+            return
         if self.codec.has_b_frames and times == sorted(times):  # these are decoding times
-            return False
-        self.times = sorted(pts for pts, _, _, discarded in packets if not discarded)
-        self.keys = sorted(pts for pts, _, key, _ in packets if key)
-        self.length = len(self.times)
-        return self.length > 0
+            return
+        if not packets[0][1] or times[0] > min(times):
+            return
+        self.times = sorted(pts for pts, _, discarded in packets if not discarded)
+        self.keys = sorted(pts for pts, key, _ in packets if key)
+        self.length, self.size = len(self.times), (self.codec.width, self.codec.height)
 
     def _read_by_seeking(self, wanted):
         """The wanted frames, or fewer where a frame contradicts the index: {index: image}.
 
-        Frames that lie close together, or in one group of pictures, take one seek and one forward pass.
+        Frames that lie close together, or in one group of pictures, take one seek and one forward pass. It must
+        begin with the key frame, and its times must be in the index, rise, and miss no wanted frame.
         """
         key_before = lambda i: self.keys[bisect_right(self.keys, self.times[i]) - 1]
-        passes = [wanted[:1]]
-        for i, following in zip(wanted, wanted[1:]):
-            if key_before(following) > self.times[min(i + 16, self.length - 1)]:  # 16: a decoder's delay
-                passes.append([])
-            passes[-1].append(following)
-        frames = {}
-        with contextlib.suppress(av.error.FFmpegError):
-            for indices in passes:
-                frames |= self._seek_and_decode(indices, key_before(indices[0]))
-        return frames
-
-    def _seek_and_decode(self, indices, key):
-        """The frames at `indices`, by decoding from the key frame at time `key`: {index: image}.
-
-        Stops early if the first frame is not the key frame, or a later one is not in the index or does not rise.
-        """
-        first = bisect_left(self.times, key)  # an edit list may discard the key frame itself
-        end = next(iter(self.keys[bisect_right(self.keys, key):]), self.times[-1])
-        frames, last, asked = {}, first - 1, {self.times[i] for i in (first, *indices)}
-        self.container.seek((key + end) // 2, stream=self.stream)  # mp4 searches decoding times
-        for frame in self._decode(asked):
-            i = bisect_left(self.times, frame.pts)
-            in_index = i < self.length and self.times[i] == frame.pts and i > last
-            if not in_index or (frame.width, frame.height) != self.size:
-                break
-            if last < first and (i > first or frame.pts == key and not frame.key_frame):
-                break
-            last = i
-            if i in indices:
-                frames[i] = self._to_rgb(frame)
-            if i >= indices[-1]:
-                break
+        frames, missing = {}, list(wanted)
+        while missing:
+            key = key_before(missing[0])
+            end = next(iter(self.keys[bisect_right(self.keys, key):]), self.times[-1])
+            self.container.seek((key + end) // 2, stream=self.stream)  # mp4 searches decoding times
+            lowest = highest = bisect_left(self.times, key)  # an edit list may discard the key frame itself
+            for frame in self._decode({self.times[i] for i in (lowest, *missing)}):
+                i = bisect_left(self.times, frame.pts)
+                in_turn = lowest <= i <= highest and self.times[i] == frame.pts
+                false_key = frame.pts == key and not frame.key_frame
+                if not in_turn or false_key or (frame.width, frame.height) != self.size:
+                    return frames
+                if i == missing[0]:
+                    frames[missing.pop(0)] = self._to_rgb(frame)
+                if not missing or key_before(missing[0]) > self.times[min(i + 16, self.length - 1)]:
+                    break  # 16: a decoder's delay
+                lowest, highest = i + 1, missing[0]
+            else:
+                return frames
         return frames
 
     def _decode(self, asked):
         """Yields the frames from here to the end. Skips non-reference frames whose time is not in `asked`."""
         for packet in self._packets():
-            if self.codec.codec.canonical_name in SKIPPING:
+            if self.stream.codec.canonical_name in SKIPPING:
                 self.codec.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
             yield from self.codec.decode(packet)
         yield from self.codec.decode(None)
 
     def _decode_from_start(self):
-        """Yields all frames as FFmpeg's command line does, without damaged ones; a truncated file just ends."""
+        """Yields all frames, without damaged ones, as FFmpeg's command line does."""
         self._open()
-        packets, packet = self._packets(), self
-        while packet is not None:
-            packet = None  # at the end or after an error: the decoder gives what it still holds
-            with contextlib.suppress(av.error.FFmpegError):
-                packet = next(packets, None)
-            with contextlib.suppress(av.error.FFmpegError):
-                yield from self.codec.decode(packet)
+        with contextlib.suppress(av.error.FFmpegError):  # a truncated file just ends
+            for packet in self._packets():
+                with contextlib.suppress(av.error.FFmpegError):
+                    yield from self.codec.decode(packet)
+        with contextlib.suppress(av.error.FFmpegError):
+            yield from self.codec.decode(None)
 
     def _count_frames(self):
         """Counts the frames by decoding them, and keeps them unless they are too large."""
-        self.times, self.kept, self.length, kept_bytes = None, [], 0, 0
+        self.times, self.kept, self.length = None, [], 0
         for frame in self._decode_from_start():
-            self.size = self.size if self.length else (frame.width, frame.height)
+            if self.length == 0:
+                self.size, self.matrix = (frame.width, frame.height), display_matrix(frame)
             self.length += 1
-            kept_bytes += sum(plane.buffer_size for plane in frame.planes)
-            if kept_bytes <= MAX_KEPT:
-                self.kept.append(frame)
-        if kept_bytes > MAX_KEPT:
-            self.kept = None
+            self.kept.append(frame)
+            if self.length * frame.width * frame.height > MAX_KEPT:
+                self.kept.clear()
 
     def _to_rgb(self, frame):
         """A decoded frame -> uint8 RGB [H, W, 3], scaled to the first frame, cropped, upright.
@@ -1154,47 +1121,22 @@ class Video:
         """
         if frame.colorspace not in CONVERTED:  # as FFmpeg 5: BT.2020's for constant luminance, else BT.601's
             frame.colorspace = 9 if frame.colorspace == 10 else 2
-        scale = {}
-        if (frame.width, frame.height) != self.size:
-            scale = dict(width=self.size[0], height=self.size[1], interpolation="BICUBIC")
-        image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1, **scale))
+        width, height = self.size
+        image = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height, threads=1))
         left, right, top, bottom = self.margins
         image = image[top:len(image) - bottom, left:image.shape[1] - right]
         return upright(image, display_matrix(frame) or self.matrix)
 
 
 def container_margins(container, index):
-    """The pixels that mp4's clap box or Matroska's PixelCrop cut off a stream: [left, right, top, bottom].
-
-    PyAV has no name for them, but FFmpeg's description of the file names them.
-    """
+    """The pixels that mp4's clap box or Matroska's PixelCrop cut off a stream: [left, right, top, bottom]."""
     level = av.logging.get_level()
     av.logging.set_level(av.logging.INFO)  # else the description is empty
-    description = container.dumps_format()
+    description = container.dumps_format()  # PyAV has no other name for them
     av.logging.set_level(level)
-    of_stream = rf"Stream #0:{index}\b(?:(?!Stream #).)*"
-    margins = re.search(of_stream + r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", description, re.DOTALL)
+    pattern = rf"Stream #0:{index}\b(?:(?!Stream #).)*Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)"
+    margins = re.search(pattern, description, re.DOTALL)
     return [int(margin) for margin in margins.groups()] if margins else [0, 0, 0, 0]
-
-
-def begins_plainly(packet, codec):
-    """Whether the first packet of an H.264 or HEVC file shows a frame, and no message in it turns the video.
-
-    Its units stand after their lengths, as in mp4 and Matroska. In H.264, one must be an IDR slice: a file that
-    starts at a recovery point shows no frame at first.
-    """
-    data, setup, h264 = bytes(packet), codec.extradata or b"", codec.codec.canonical_name == "h264"
-    length_bytes = (setup[4 if h264 else 21] & 3) + 1 if len(setup) > 21 else 4
-    at, types = length_bytes, set()
-    while at < len(data):
-        end = at + int.from_bytes(data[at - length_bytes:at], "big")
-        unit_type = data[at] & 31 if h264 else data[at] >> 1
-        is_message = unit_type == (6 if h264 else 39)  # SEI
-        if is_message and re.search(rb"\x2f[\3-\7]", data[at:end]):  # display orientation
-            return False
-        types.add(unit_type)
-        at = end + length_bytes
-    return 5 in types or not h264
 
 
 def display_matrix(frame):
@@ -1221,8 +1163,7 @@ def upright(image, matrix):
 def read_image(path):
     """Reads a JPEG or PNG file -> uint8 RGB [H, W, 3], by torchvision, which deprecates this, or by PyAV.
 
-    PyAV interpolates a JPEG's colours less smoothly than libjpeg: in footage 1 grey level apart on average, 22
-    at most (12 videos, qualities 75 to 95); more at edges of saturated colours.
+    PyAV interpolates a JPEG's colours less smoothly: in 12 videos 1 grey level apart on average, 22 at most.
     """
     data = np.fromfile(path, np.uint8)
     try:

@@ -1062,7 +1062,7 @@ def test_altered_files(tmp_path, monkeypatch):
     (tmp_path / "both.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
     assert cmaev.Video(tmp_path / "both.h264").read(range(40)).shape == (40, 48, 64, 3)  # the first size
     monkeypatch.setattr(cmaev, "MAX_KEPT", 10 * 48 * 64)
-    assert check_frames(write_noise(tmp_path / "v.avi", codec="mpeg4", bf="2"), 60).kept is None
+    assert check_frames(write_noise(tmp_path / "v.avi", codec="mpeg4", bf="2"), 60).kept == []
 
 
 def test_one_damaged_packet(tmp_path):
@@ -2688,14 +2688,10 @@ def test_faults_hostile_files(tmp_path):
 def test_faults_bounds_of_frames(tmp_path, monkeypatch):
     """Frames beyond the bounds are refused before they are made, and reading ends in time."""
     video, too_large = cmaev.Video(write_noise(tmp_path / "v.mp4", frames=20)), "frames of 64x48 pixels are too large"
-    cmaev.write_png(torch.zeros(3, 48, 64, dtype=torch.uint8), tmp_path / "0.png")
-    write_jpeg(torch.zeros(3, 48, 64, dtype=torch.uint8), str(tmp_path / "1.jpg"))
     for bound, value, read, words in (
             ("MAX_BYTES", 10 * 48 * 64 * 3, lambda: video.read(range(11)), f"11 {too_large}"),
             ("MAX_SECONDS", -1, lambda: video.read(range(3)), "takes more than -1 s"),
-            ("MAX_PIXELS", 3000, lambda: cmaev.Video(tmp_path / "v.mp4"), too_large),
-            ("MAX_PIXELS", 3000, lambda: cmaev.Video(tmp_path).read([0]), too_large),
-            ("MAX_PIXELS", 3000, lambda: cmaev.Video(tmp_path).read([1]), too_large)):
+            ("MAX_PIXELS", 3000, lambda: cmaev.Video(tmp_path / "v.mp4"), "no frames in it, or too large")):
         with monkeypatch.context() as patch, pytest.raises(cmaev.CMAEVError, match=words):
             patch.setattr(cmaev, bound, value)
             assert bound != "MAX_BYTES" or len(video.read(range(10))) == 10
