@@ -38,7 +38,7 @@ from collections import Counter
 from copy import deepcopy
 from datetime import timedelta
 from decimal import Decimal
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: waiting OpenMP threads sleep, not spin
 
@@ -1371,18 +1371,9 @@ HUGGING_FACE = {  # this project's names: Hugging Face's; "^" marks the start; r
 WRAPPERS = "model", "module", "state_dict", "model_state", "teacher"  # where training scripts put the weights
 WEIGHTS = "a run's folder, its encoder.pt or checkpoint.pt, or VideoMAE's or Hugging Face's weights"
 
-# Types that other projects' files hold besides tensors: settings, paths, scalars and arrays of numpy 1 and 2
-SAFE_GLOBALS = [argparse.Namespace, np.ndarray, np.dtype]
-SAFE_GLOBALS += [getattr(np.dtypes, name) for name in np.dtypes.__all__]
-for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
-    SAFE_GLOBALS += [(PurePosixPath, f"pathlib.{name}"), (PurePosixPath, f"pathlib._local.{name}")]
-for function in (np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]):
-    for package in ("numpy.core", "numpy._core"):
-        SAFE_GLOBALS.append((function, f"{package}.multiarray.{function.__name__}"))
-
 
 def convert_keys(state):
-    """Renames VideoMAE's or Hugging Face's weights to this project's names; the decoder's begin with `decoder.`."""
+    """Renames VideoMAE's or Hugging Face's weights to this project's names, the decoder's to `decoder.*`."""
     new = {}
     for name, value in state.items():
         name = "^" + re.sub(r"^(module\.|_orig_mod\.|videomae\.|backbone\.)+", "", name)
@@ -1394,8 +1385,7 @@ def convert_keys(state):
         parts = [q.replace(".q_", f".{part}_") for part in "qkv"]
         if q.endswith("bias"):  # VideoMAE and most releases of transformers store no key bias
             new.setdefault(parts[1], torch.zeros_like(new[q]))
-        if new.keys() >= set(parts):
-            new[q.replace(".q_", ".qkv.")] = torch.cat([new.pop(part) for part in parts])
+        new[q.replace(".q_", ".qkv.")] = torch.cat([new.pop(part) for part in parts if part in new])
     if "decoder.mask_token" in new:
         new["decoder.mask_token"] = new["decoder.mask_token"].flatten()
     return new
@@ -1423,10 +1413,7 @@ def save_encoder(encoder, path):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Writes a file atomically: under a temporary name, renamed at the end.
-
-    Raises CMAEVError if it cannot be written, for example on a full disk. The previous file is then kept.
-    """
+    """Writes a file under a temporary name, then renames it. Raises CMAEVError, as on a full disk."""
     partial = f"{path}.partial"
     text = dict(encoding="utf-8", errors="surrogateescape") if mode == "w" else {}  # names may be any bytes
     try:
@@ -1435,13 +1422,13 @@ def atomic_write(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException as error:
-        Path(partial).unlink(missing_ok=True)
+    except Exception as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
-        if not isinstance(cause, OSError):
-            raise
-        kept = "the previous file is kept" if os.path.isfile(path) else "give another path, or make room"
-        raise CMAEVError(f"{path} cannot be written ({cause.strerror}): {kept}") from None
+        if isinstance(cause, OSError):
+            raise CMAEVError(f"{path} cannot be written ({cause.strerror}): free space or give another") from None
+        raise
+    finally:
+        Path(partial).unlink(missing_ok=True)
 
 
 def parse_json(text, path, *keys):
@@ -1453,165 +1440,125 @@ def parse_json(text, path, *keys):
     raise CMAEVError(f"{path} is damaged (it has {text[:40]!r}): restore it or delete it")
 
 
-def load_tensors(path, advice=f"give {WEIGHTS}"):
+class Skipped:
+    """Replaces a file's objects other than tensors and plain values: settings, paths, numpy's scalars."""
+    def __init__(self, *args): ...
+    def __setstate__(self, state): ...
+
+
+def load_tensors(path):
     """Reads torch.save's file or `.safetensors` -> dict on the CPU. Runs no code of it. Raises CMAEVError."""
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not test it
+        if zipfile.ZipFile(path).testzip():  # torch does not test it
             raise ValueError("wrong checksum")
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Skipped, name) for name in others]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except ImportError:
         raise CMAEVError(f"{path} needs the package safetensors: pip install safetensors") from None
     except Exception as error:
-        code, reason = re.search(r"GLOBAL (\S+)", str(error)), type(error).__name__
-        if code:
-            reason = f"it holds a {code[1]}, which could run code: if you trust it, save only its state dict"
-        raise CMAEVError(f"{path} cannot be read as weights ({reason}): {advice}") from None
-
-
-def weight_files(path):
-    """Lists the weight files at `path`: a file, a run's folder, or a Hugging Face folder, sharded or not."""
-    if path.is_file():
-        return [path]
-    for name in ("encoder.pt", "model.safetensors", "pytorch_model.bin", "checkpoint.pt"):
-        if (path / name).is_file():
-            return [path / name]
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            shards = parse_json(index.read_bytes(), index, "weight_map")["weight_map"].values()
-            return [path / shard for shard in sorted(set(shards))]
-    raise CMAEVError(f"{path}: no such file of weights: give {WEIGHTS}, or none")
+        reason = type(error).__name__
+        raise CMAEVError(f"{path} cannot be read as weights ({reason}): restore it, or give another") from None
 
 
 def read_weights(path):
-    """Reads a weight file, a run's folder or a Hugging Face folder -> state dict with our names, about_file."""
-    state = {}
-    for file in weight_files(Path(path)):
+    """Reads a weight file, a run's folder or a Hugging Face folder -> state dict with our names, about.
+
+    about: dict of frames, size and heads, which shapes do not tell, where they are known: from encoder.pt, or
+    from a run's settings.json or Hugging Face's config.json beside the file.
+    """
+    path, state, about = Path(path), {}, {}
+    files = [path] if path.is_file() else []
+    for pattern in ("encoder.pt", "model*.safetensors", "pytorch_model*.bin", "checkpoint.pt"):
+        files = files or sorted(path.glob(pattern))  # several: shards
+    if not files:
+        raise CMAEVError(f"{path}: no such file of weights: give {WEIGHTS}, or none")
+    for file in files:
         content = load_tensors(file)
         geometry = content.get("geometry")
         for name in WRAPPERS:
             if isinstance(content.get(name), dict):
                 content = content[name]
         state |= {str(name): value for name, value in content.items() if torch.is_tensor(value)}
-    return convert_keys(state), about_file(Path(path), geometry)
 
-
-def about_file(path, geometry):
-    """What a file tells besides weights -> dict of clip [T, H, W], heads, decoder_heads; None if unknown.
-
-    From `geometry`, in encoder.pt, or a run's settings.json or Hugging Face's config.json beside the file.
-    Raises CMAEVError for a config.json with which the same weights give other features.
-    """
+    settings, config = files[0].with_name("settings.json"), files[0].with_name("config.json")
     if geometry:
-        clip = [n * side for n, side in zip(geometry["grid"], geometry["cube"])]
-        return dict(clip=clip, heads=geometry.get("heads"), decoder_heads=None)
-    folder, about = path if path.is_dir() else path.parent, {}
-    for file in (folder / "config.json", folder / "settings.json"):
-        if file.is_file():
-            about = parse_json(file.read_bytes(), file)
-            about = about.get("settings", about)
-    for name, ours in dict(hidden_act="gelu", qkv_bias=True, qv_bias=True, layer_norm_eps=1e-6).items():
-        theirs = about.get(name, ours)
-        if theirs != ours and not (name == "layer_norm_eps" and 1e-12 <= theirs <= 1e-5):
-            raise CMAEVError(f"{folder}/config.json: {name} is {theirs}, here it is {ours}: not supported")
-    _, sizes = ENCODERS.get(str(about.get("encoder")), (None, {}))
-    frames, size = about.get("frames", about.get("num_frames")), about.get("size", about.get("image_size"))
-    if isinstance(size, int):
-        size = [size, size]
-    return dict(clip=[frames, *size] if frames and size else None,
-                heads=about.get("num_attention_heads", sizes.get("heads")),
-                decoder_heads=about.get("decoder_num_attention_heads"))
+        frames, *size = [n * side for n, side in zip(geometry["grid"], geometry["cube"])]
+        about = dict(frames=frames, size=size, heads=geometry["heads"])
+    elif settings.is_file():
+        about = parse_json(settings.read_bytes(), settings, "settings")["settings"]
+        _, sizes = ENCODERS.get(about.get("encoder"), (None, {}))
+        about |= sizes
+    elif config.is_file():
+        content = parse_json(config.read_bytes(), config)
+        names = dict(num_frames="frames", image_size="size", num_attention_heads="heads")
+        about = {names[name]: value for name, value in content.items() if name in names}
+        if content.get("hidden_act", "gelu") != "gelu":
+            raise CMAEVError(f"{config}: hidden_act is {content['hidden_act']}, only gelu is supported")
+    return convert_keys(state), about
 
 
 def encoder_of(state, about):
-    """The encoder of read_weights' result -> its class, its arguments, the scripts' flags for it as text.
-
-    An unknown clip is VideoMAE's, 16 x 224; unknown heads are those of an encoder of these sizes in ENCODERS,
-    else one per 64 channels, at most 16, as in ViT-H. Raises KeyError or ValueError.
-    """
+    """An encoder's class and arguments, from what read_weights gives. Raises KeyError or ValueError."""
     depths = Counter(name.split(".")[0] for name in state if name.endswith(".norm1.weight"))
     if "patch_embed1.proj.weight" in state:
-        kind, widths = ConvViT, tuple(len(state[f"embed_norms.{i}.weight"]) for i in range(3))
-        tubelet, side, _ = state["patch_embed1.proj.weight"].shape[2:]
-        width, patch = widths[2], 4 * side
-        sizes = dict(widths=widths, depths=tuple(depths[f"blocks{i}"] for i in (1, 2, 3)))
+        _, _, tubelet, side, _ = state["patch_embed1.proj.weight"].shape
+        widths = tuple(len(state[f"embed_norms.{i}.weight"]) for i in range(3))
+        kind, width, patch = ConvViT, widths[2], 4 * side
+        sizes = dict(widths=widths, depths=tuple(depths[f"blocks{i}"] for i in (1, 2, 3)),
+                     fusion=any(name.startswith("fusion") for name in state))
     else:
-        kind, width = VisionTransformer, len(state["patch_embed.proj.weight"])
-        tubelet, patch, _ = state["patch_embed.proj.weight"].shape[2:]
-        sizes = dict(width=width, depth=depths["blocks"])
-    if about["heads"]:
-        sizes["heads"] = about["heads"]
-    name, entry = f"(an entry of ENCODERS with {sizes})", dict(heads=max(1, min(16, width // 64)))
-    for known, (_, its_sizes) in ENCODERS.items():
-        if its_sizes.items() >= sizes.items():
-            name, entry = known, its_sizes
-    frames, *size = about["clip"] or (16, 224, 224)
-    arguments = dict(entry, **sizes, frames=frames, size=size, tubelet=tubelet, patch=patch)
-    flags = f"--encoder {name} --frames {frames} --size {size[0]} --patch {patch} --tubelet {tubelet}"
-    if kind is ConvViT and not any(name.startswith("fusion") for name in state):
-        arguments["fusion"] = False
-        flags += " --no-fusion"
-    return kind, arguments, flags
+        width, _, tubelet, patch, _ = state["patch_embed.proj.weight"].shape
+        kind, sizes = VisionTransformer, dict(width=width, depth=depths["blocks"])
+    videomae = dict(heads=max(1, min(16, width // 64)), frames=16, size=224)  # ViT-H has 16 heads
+    sizes |= {name: about.get(name, value) for name, value in videomae.items()}
+    return kind, dict(sizes, tubelet=tubelet, patch=patch)
 
 
 def load_encoder(path, encoder=None, decoder=None):
     """Loads an encoder's weights, and a pixel decoder's if one is given and the file's fits -> the encoder.
 
-    `path`: a run's folder, encoder.pt or checkpoint.pt; VideoMAE's pre-trained or fine-tuned files; Hugging
-    Face's folder or file (.bin, .safetensors). Without an encoder, builds the file's. Positions are computed, not
-    loaded. Raises CMAEVError for a missing weight, another shape, more blocks, other heads, NaN. The final norm
-    may be missing: fine-tuned files have `fc_norm` in its place.
+    `path`: see WEIGHTS. Without an encoder, builds the file's. Positions are computed, not loaded. Raises
+    CMAEVError for a missing weight, another shape, more blocks, other heads, NaN.
     """
     if decoder is not None and (Path(path) / "checkpoint.pt").is_file():
         path = Path(path) / "checkpoint.pt"  # a run's encoder.pt has no decoder
     state, about = read_weights(path)
     try:
-        kind, arguments, flags = encoder_of(state, about)
+        kind, arguments = encoder_of(state, about)
         encoder = encoder or kind(**arguments)
     except (KeyError, ValueError) as error:
-        reason = last_line(error)
-        raise CMAEVError(f"{path} holds no encoder that can be built ({reason}): give {WEIGHTS}") from None
-    own = encoder.state_dict()
-    matched = len(own.keys() & state.keys())
-    print0(f"{path}: {matched} of the encoder's {len(own)} weights, {len(state)} in the file")
-    if "fc_norm.weight" in state:  # a fine-tuned file
+        raise CMAEVError(f"{path} holds no encoder ({last_line(error)}): give {WEIGHTS}") from None
+    theirs = f"{kind.__name__}, " + ", ".join(f"{name} {value}" for name, value in arguments.items())
+    print0(f"{path} holds a {theirs}")
+    if "heads" in about and about["heads"] != encoder.layers()[-1].attn.heads:
+        raise CMAEVError(f"{path} is of another model, with other attention heads: it holds a {theirs}")
+    if "fc_norm.weight" in state:  # a fine-tuned file, without the final norm
         state = encoder.norm.state_dict(prefix="norm.") | state
-    parts = "blocks", "patch_embed", "pos_embed", "cls_token"
+    own, parts = encoder.state_dict(), ("blocks", "patch_embed", "pos_embed", "cls_token")
     of_encoder = {name: value for name, value in state.items() if name in own or name.startswith(parts)}
-    load_weights(encoder, of_encoder, path, f": its flags are {flags}", about["heads"])
-    clip = [n * side for n, side in zip(encoder.grid, encoder.cube)]
-    if about["clip"] not in (None, clip):
-        print0("note: {} is for clips of {} frames of {}x{}, the encoder for {} of {}x{}: "
-               "the position table is recomputed".format(path, *about["clip"], *clip))
+    load_weights(encoder, of_encoder, path, f": it holds a {theirs}")
     if decoder is not None:
-        of_decoder = {name.removeprefix("decoder."): value for name, value in state.items()
-                      if name.startswith("decoder.")}
+        of_decoder = {name: value for name, value in state.items() if name.startswith("decoder.")}
         try:
-            load_weights(decoder, of_decoder, path, heads=about["decoder_heads"])
+            load_weights(nn.ModuleDict({"decoder": decoder}), of_decoder, path)
         except CMAEVError as error:
             print0(f"note: the decoder starts anew: {error}")
     return encoder
 
 
-def load_weights(module, state, path, advice="", heads=None):
-    """load_state_dict, strict. Raises CMAEVError for a misfit, for other heads than `heads`, for NaN and inf."""
-    own, wrong = module.state_dict(), f"{path} is of another model: "
-    for name, value in own.items():
-        if name not in state:
-            raise CMAEVError(f"{wrong}it has no {name}{advice}")
-        if state[name].shape != value.shape:
-            raise CMAEVError(f"{wrong}{name} is {list(state[name].shape)}, not {list(value.shape)}{advice}")
-    for name, value in state.items():
-        if name not in own:
-            raise CMAEVError(f"{wrong}it has {name}, which this model does not have{advice}")
-        if not value.isfinite().all():
-            raise CMAEVError(f"{path}: {name} holds NaN or inf, as of a run that diverged: give other weights")
-    for part in module.modules():
-        if isinstance(part, Attention) and heads not in (None, part.heads):
-            raise CMAEVError(f"{wrong}it has {heads} attention heads, not {part.heads}{advice}")
+def load_weights(module, state, path, advice=""):
+    """load_state_dict, strict. Raises CMAEVError for missing and unknown weights, other shapes, NaN and inf."""
+    own, wrong = module.state_dict(), f"{path} is of another model"
+    for name in own | state:
+        there, here = (list(x[name].shape) if name in x else "missing" for x in (state, own))
+        if there != here:
+            raise CMAEVError(f"{wrong}: {name} is {there} in the file, {here} here{advice}")
+        if not state[name].isfinite().all():
+            raise CMAEVError(f"{path}: {name} holds NaN or inf, as of a run that diverged: give another")
     module.load_state_dict(state)
 
 
@@ -2111,7 +2058,7 @@ def resume(run, state):
     """Loads run/checkpoint.pt into `state`, removes later log lines -> the step to continue from, or 0."""
     path, step = Path(run) / "checkpoint.pt", 0
     if path.exists():
-        checkpoint = read_checkpoint(path)
+        checkpoint = load_tensors(path)
         load_weights(state["model"], checkpoint["model"], path)
         for name, holder in state.items():
             if name != "scaler" or holder.get_growth_interval() == checkpoint[name]["growth_interval"]:
@@ -2124,11 +2071,6 @@ def resume(run, state):
         with atomic_write(log, "wb") as file:
             file.writelines(line for line in lines if parse_json(line, log, "step")["step"] <= step)
     return step
-
-
-def read_checkpoint(path):
-    """A run's checkpoint.pt -> dict. Raises CMAEVError for a damaged one."""
-    return load_tensors(path, "restore it or delete it")
 
 
 def write_log(run, record, steps, text):

@@ -334,7 +334,7 @@ def load(run, best=False, settings=None):
     """
     record, weights = read_record(run, best)
     model = build(settings or argparse.Namespace(**record["settings"]), record["names"])
-    cmaev.load_weights(model, cmaev.read_checkpoint(weights)["model"], weights)
+    cmaev.load_weights(model, cmaev.load_tensors(weights)["model"], weights)
     return model.eval()
 
 

@@ -32,7 +32,7 @@ def main():
     model = cmaev.CMAEV(s.encoder, s.contrast_weight, s.temperature, fusion=s.fusion, frames=s.frames, size=s.size,
                   tubelet=s.tubelet, patch=s.patch)
     if run:
-        cmaev.load_weights(model, cmaev.read_checkpoint(Path(run, "checkpoint.pt"))["model"], run)
+        cmaev.load_weights(model, cmaev.load_tensors(Path(run, "checkpoint.pt"))["model"], run)
 
     length, sampling = len(cmaev.Video(path)), (s.frames, s.rate, s.max_shift)
     with cmaev.seeded(0, 0, 0) as generator:  # PretrainClips draws the same
