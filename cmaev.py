@@ -49,6 +49,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from av.sidedata.sidedata import SideDataContainer, Type as SideDataType
 from torch import nn
+from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
@@ -782,9 +783,6 @@ def log_bad_video(path, reason, log=None):
     if log:
         start = json.dumps(dict(path=path))[:-1]
         with open(log, "a+", errors="replace") as file:
-            with contextlib.suppress(ImportError, OSError):  # there are no file locks here
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             if any(line.startswith(start) for line in file):
                 return
@@ -1475,7 +1473,7 @@ def read_weights(path):
     for pattern in ("encoder.pt", "model*.safetensors", "pytorch_model*.bin", "checkpoint.pt"):
         files = files or sorted(path.glob(pattern))  # several: shards
     if not files:
-        raise CMAEVError(f"{path}: no such file of weights: give {WEIGHTS}, or none")
+        raise CMAEVError(f"{path}: no such file of weights: run pretrain.py first, or give {WEIGHTS}")
     for file in files:
         content = load_tensors(file)
         geometry = content.get("geometry")
@@ -1607,25 +1605,24 @@ def parse_settings(parser, recipes, argv):
 
     The values of --recipe, a dict in `recipes`, replace the parser's defaults. --data clears --val's.
     settings.overridden: {name of a given flag: its default}.
-    Raises CMAEVError for a wrong flag or value, for --data without --recipe and for --val without --data.
+    Raises CMAEVError for a wrong flag or value, and for --data without --recipe.
     """
     def fail(message):
         raise CMAEVError(f"{message} (--help lists the settings)")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # finds the recipe
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # finds the recipe, for --help too
     for each in (first, parser):
         each.error = fail
         each.add_argument("--recipe", choices=recipes, default="demo", help="fills all settings")
     parser.set_defaults(**recipes[first.parse_known_args(argv)[0].recipe])
     settings = parser.parse_args(argv)
-    marked = argparse.Namespace(**dict.fromkeys(vars(settings), parser))  # only given flags replace the mark
-    given = {name for name, value in vars(parser.parse_args(argv, marked)).items() if value is not parser}
+    words = [word[2:].split("=")[0] for word in argv if word.startswith("--")]
+    given = {word.removeprefix("no-").replace("-", "_") for word in words}
     settings.overridden = {name: parser.get_default(name) for name in sorted(given)}
-    if not given & {"eval", "predict", "features"}:  # these take the settings of the run or of the weights
-        if "data" in given and "recipe" not in given:
-            fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 "
-                 "(of 224x224, sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 56x56)")
-        if "val" in given and "data" not in given:
-            fail("--val without --data: give both")
+    if "data" in given and not given & {"recipe", "eval", "predict", "features"}:
+        fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 "
+             "(of 224x224, sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 56x56)")
+    if "val" in given and not given & {"data", "eval", "predict", "features"}:
+        fail("--val without --data: give both")
     if "data" in given and "val" not in given:
         settings.val = ""
     if settings.warmup_epochs >= settings.epochs:
@@ -1639,31 +1636,17 @@ def flag(s, name):
     return text if name in s.overridden else f"the recipe's {text}"
 
 
-def check_paths(s):
-    """Raises CMAEVError if --data, --val or --init gives a path that does not exist."""
-    for name, what in dict(data="list", val="list", init="file of weights").items():
-        path = getattr(s, name)
-        if path not in ("", "none") and not os.path.exists(path):
-            advice = "correct it" if name in s.overridden else f"run pretrain.py first, or give --{name}"
-            raise CMAEVError(f"{flag(s, name)}: no such {what} or folder: {advice}")
-
-
 def run_script(main):
     """Runs a script's main(). An error that the user can fix ends it in one line, Ctrl-C in none."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
-        main()
+        elastic_errors.record(main)()  # for torchrun's summary
     except (CMAEVError, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
-        message, report = last_line(error), os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if report:  # torchrun prints it below its own traceback
-            about = dict(py_callstack=message, timestamp=str(int(time.time())))
-            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
         rank = f" on rank {this_rank()}" if this_rank() else ""
-        sys.exit(f"error{rank}: {message}")
+        sys.exit(f"error{rank}: {last_line(error)}")
     except RuntimeError as error:
-        if not re.search(r"(out of|insufficient) shared memory|unable to .*</?torch_|Bus error", str(error)):
+        if not re.search("(out of|insufficient) shared memory|</torch_", str(error)):
             raise
         sys.exit("error: the shared memory, /dev/shm, is too small for the workers' batches: enlarge it "
                  "(docker run --shm-size=8g or --ipc=host), or give --workers 0")
@@ -1682,50 +1665,31 @@ def run_script(main):
 def join_ranks():
     """Joins the process group of torchrun or SLURM, if there is one -> this rank's device."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: pages of 2 MiB instead of 4 KiB
-    device = torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         local = int(os.environ.get("LOCAL_RANK") or 0) if gpus > 1 else 0  # SLURM may show a task one GPU
-        if max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)) > gpus:
+        if int(os.environ.get("LOCAL_WORLD_SIZE") or local + 1) > gpus:
             raise CMAEVError(f"there are more ranks on this node than its {gpus} GPUs: start one per GPU")
-        device = torch.device("cuda", local)
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    ranks = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
-    if ranks != ("0", "1") and not dist.is_initialized():
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        except (ValueError, RuntimeError) as error:
-            raise CMAEVError(f"the ranks cannot be joined ({last_line(error)}): start them by torchrun, or "
-                             "set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each") from None
+    if (os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1") != ("0", "1"):
+        dist.init_process_group(backend)  # its errors name the environment variable that is missing
     return device
 
 
-def check_ranks(run, settings, device, *lists):
-    """Raises CMAEVError on each rank if the ranks differ in settings (except --workers), lists or checkpoint.
+def hash_of(lists):
+    """A short hash of lists, for comparison."""
+    return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
 
-    DDP would average a rank that starts anew, as it sees no checkpoint, with the others.
-    """
-    path, listed = Path(run) / "checkpoint.pt", hashlib.sha256(json.dumps(lists).encode()).hexdigest()
-    here = vars(settings) | dict(amp=amp_dtype(settings.amp, device), workers=0, lists=listed, checkpoint="")
-    if world_size() > 1 and path.exists():
-        with open(path, "rb") as file:
-            here["checkpoint"] = hashlib.file_digest(file, "sha256").hexdigest()
+
+def check_ranks(settings, device, *lists):
+    """Raises CMAEVError on each rank if they differ in settings (except --workers), precision or lists."""
+    here = vars(settings) | dict(amp=amp_dtype(settings.amp, device), workers=0, lists=hash_of(lists))
     differ = {name for there in objects_of_ranks(here) for name in here if there[name] != here[name]}
     if differ:
-        raise CMAEVError(f"the ranks differ in {', '.join(sorted(differ))}: give all the same command, with "
-                         "the lists and --out on a disk that they share")
-
-
-def progress(items, what, every=10):
-    """Yields the items. Rank 0 prints every ten seconds how many are done, and the time left."""
-    began = shown = time.monotonic()
-    for done, item in enumerate(items):
-        if done and time.monotonic() - shown >= every:
-            shown = time.monotonic()
-            left = timedelta(seconds=round((shown - began) * (len(items) - done) / done))
-            print0(f"{what} {done}/{len(items)}  {left} left")
-        yield item
+        raise CMAEVError(f"the ranks differ in {', '.join(sorted(differ))}: give all the same command and lists")
 
 
 SAVED_AND_STOPPED = 75  # exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, "try again"
@@ -1750,34 +1714,30 @@ def notice_signals():
 def stop_run(number, step):
     """Ends the process after a signal, when rank 0 has saved."""
     objects_of_ranks(None)  # waits for rank 0
-    name, code = ("Ctrl-C", 130) if number == signal.SIGINT else ("SIGTERM", SAVED_AND_STOPPED)
-    print0(f"stopped by {name}, saved after step {step}: the same command continues")
-    sys.exit(code)
+    print0(f"stopped by {signal.Signals(number).name}, saved after step {step}: the same command continues")
+    sys.exit(130 if number == signal.SIGINT else SAVED_AND_STOPPED)
 
 
 def ignore_signals(worker):
     """Makes a worker ignore Ctrl-C and SIGTERM, which a terminal or SLURM sends to all processes.
 
-    The worker ends with the trainer, however that ends: Linux kills it, torch's watchdog does so elsewhere.
+    Linux ends the worker with the trainer; elsewhere torch's watchdog does so, seconds later.
     """
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # no public name; Linux only
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # no public name
     if not multiprocessing.parent_process().is_alive():  # it ended before this call
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def worker_count(workers, device):
-    """--workers, or by default: with a GPU one per core, at most 16 per rank; else 2, as the CPU trains."""
+def loader(clips, workers, device, **order):
+    """The DataLoader that all loops use. workers None: on a GPU one per core, at most 16 per rank; else 2."""
     if workers is None and device.type == "cuda":
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return min(16, max(1, cores))
-    return 2 if workers is None else workers
-
-
-def loader(clips, workers, device, **order):
-    """The DataLoader that all loops use."""
-    return DataLoader(clips, num_workers=worker_count(workers, device), pin_memory=device.type == "cuda",
+        workers = min(16, max(1, cores))
+    elif workers is None:
+        workers = 2  # the CPU trains
+    return DataLoader(clips, num_workers=workers, pin_memory=device.type == "cuda",
                       worker_init_fn=ignore_signals, **order)
 
 
@@ -1812,10 +1772,8 @@ def micro_batches(s, repeats=1):
     per_rank = s.batch_size // world_size()
     size = min(s.micro_batch, per_rank) or per_rank
     if s.batch_size % world_size() or per_rank % size or size % repeats:
-        factor = f"{repeats} repeats"
-        if s.micro_batch:
-            factor = f"{size} of {flag(s, 'micro_batch')}, a multiple of {repeats} repeats"
-        raise CMAEVError(f"{flag(s, 'batch_size')}: give a multiple of {world_size()} ranks x {factor}")
+        raise CMAEVError(f"{flag(s, 'batch_size')}: give a multiple of {world_size()} ranks x "
+                         f"{flag(s, 'micro_batch')} (0: all), and this a multiple of {repeats} repeats")
     return per_rank // size
 
 
@@ -1883,11 +1841,6 @@ def data_parallel(model):
     return parallel
 
 
-def synchronised(parallel, last):
-    """Context of a micro-batch's forward and backward pass: DDP averages gradients in the last one."""
-    return contextlib.nullcontext() if last or world_size() == 1 else parallel.no_sync()
-
-
 def optimizer_step(parameters, optimizer, scaler, dtype, max_norm=0.0):
     """Optimiser step after scaler.scale(loss).backward() -> gradient norm, a float32 scalar.
 
@@ -1927,10 +1880,10 @@ def note_weak_settings(s, steps):
     if steps < 500:
         print0(f"note: {steps} steps are few: for 500 give --epochs {math.ceil(500 * s.epochs / steps)}")
     recipe = vars(s) | s.overridden
-    peak, usual = s.lr * s.batch_size / 256, recipe["lr"] * recipe["batch_size"] / 256
-    if peak < usual / 10:
-        print0(f"note: the learning rate, --lr x --batch-size / 256, rises to {peak:.1e}, the recipe's to "
-               f"{usual:.1e}: for that give --lr {256 * usual / s.batch_size:.1e}")
+    ratio = s.lr * s.batch_size / (recipe["lr"] * recipe["batch_size"])
+    if ratio < 0.1:
+        print0(f"note: the learning rate, --lr x --batch-size / 256, is {ratio:.1%} of the recipe's: for that "
+               f"give --lr {s.lr / ratio:.1e}")
 
 
 def decay_groups(model, weight_decay):
@@ -1944,7 +1897,7 @@ class Meter:
     """Sums values over the steps since the last log line, on the device: no synchronisation before `read`."""
 
     def __init__(self, names, device):
-        self.names, self.device = names, device
+        self.names = names
         self.step, self.began = 0, time.perf_counter()  # of the last log line
         self.counts = dict(bad_clips=0, skipped_steps=0)  # of the whole run
         self.sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=device)
@@ -1963,9 +1916,6 @@ class Meter:
         bad videos exceed `bad_share` of the clips so far, or of one epoch's clips if these are more.
         """
         *sums, skipped, replaced = sum_over_ranks(self.sums).tolist()
-        seconds, steps = time.perf_counter() - self.began, step - self.step
-        taken = steps * world_size() - skipped
-        self.step, self.began = step, time.perf_counter()
         self.sums.zero_()
         self.counts["bad_clips"] += round(replaced)
         self.counts["skipped_steps"] += round(skipped / world_size())
@@ -1975,10 +1925,13 @@ class Meter:
         if self.counts["bad_clips"] > bad_share * clips * max(step, per_epoch):
             raise CMAEVError(f"{self.counts['bad_clips']} of {step * clips} clips were of bad videos, which "
                              "bad-videos.jsonl names: take them off the list, or give a larger --bad-share")
-        means = {name: x / max(taken, 1) for name, x in zip(self.names, sums)}
+        seconds, steps = time.perf_counter() - self.began, step - self.step
+        self.step, self.began = step, time.perf_counter()
+        taken = max(steps * world_size() - skipped, 1)
+        means = {name: x / taken for name, x in zip(self.names, sums)}
         return dict(step=step, epoch=step / per_epoch) | means | self.counts | dict(
             seconds=seconds, step_ms=1000 * seconds / steps, clips_per_s=steps * clips / seconds,
-            memory_mib=peak_memory(self.device))
+            memory_mib=torch.cuda.max_memory_allocated() / 2**20)  # 0 on a CPU
 
     def state_dict(self):
         return self.counts
@@ -1987,31 +1940,13 @@ class Meter:
         self.counts = dict(counts)
 
 
-def peak_memory(device):
-    """Peak MiB of the device's allocated memory; on a CPU of the process's resident memory (Windows: NaN)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def write_png(image, path):
-    """Writes a picture, uint8 [3, H, W]."""
-    av.VideoFrame.from_ndarray(image.permute(1, 2, 0).contiguous().numpy(), "rgb24").save(path)
-
-
 def open_run(folder, settings, free, videos, **about):
     """Creates a run's folder, or checks that it holds this run. Locks it until the process ends.
 
     settings.json stores the settings, the videos' number and hash, versions and `about`. Raises CMAEVError
     if the videos or settings, except those in `free`, differ from those of the folder's checkpoint.
     """
-    path, values = Path(folder) / "settings.json", vars(settings)
-    listed = [len(videos), hashlib.sha256(json.dumps(videos).encode()).hexdigest()[:16]]
+    path, values, listed = Path(folder) / "settings.json", vars(settings), [len(videos), hash_of(videos)]
     if path.exists() and (Path(folder) / "checkpoint.pt").exists():
         old = parse_json(path.read_bytes(), path, "settings", "videos")
         changed = [f"{name} {value} -> {values[name]}" for name, value in sorted(old["settings"].items())
@@ -2022,17 +1957,13 @@ def open_run(folder, settings, free, videos, **about):
         if old["videos"] != listed:
             raise CMAEVError(f"{settings.data} has changed since {folder} began ({old['videos'][0]} videos "
                              f"then, {listed[0]} now): restore it, or give another --out")
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)  # on each rank, for bad-videos.jsonl
-    except OSError as error:
-        out = flag(settings, "out")
-        raise CMAEVError(f"{out} cannot be made ({error.strerror}): give another folder") from None
+    Path(folder).mkdir(parents=True, exist_ok=True)  # on each rank, for bad-videos.jsonl
     if this_rank() == 0:
         lock_run(folder)
         versions = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "av", "numpy")}
-        record = dict(settings=values, videos=listed, world_size=world_size(), **versions, **about)
+        stored = dict(settings=values, videos=listed, world_size=world_size(), **versions, **about)
         with atomic_write(path) as file:
-            json.dump(record, file, indent=1)
+            json.dump(stored, file, indent=1)
 
 
 def lock_run(folder):
@@ -2055,8 +1986,11 @@ def save_checkpoint(run, step, state, name="checkpoint.pt"):
 
 
 def resume(run, state):
-    """Loads run/checkpoint.pt into `state`, removes later log lines -> the step to continue from, or 0."""
-    path, step = Path(run) / "checkpoint.pt", 0
+    """Loads run/checkpoint.pt into `state`, removes later log lines -> the step to continue from, or 0.
+
+    Raises CMAEVError if the ranks see different checkpoints: DDP would average them.
+    """
+    path, log, step = Path(run) / "checkpoint.pt", Path(run) / "log.jsonl", 0
     if path.exists():
         checkpoint = load_tensors(path)
         load_weights(state["model"], checkpoint["model"], path)
@@ -2064,12 +1998,14 @@ def resume(run, state):
             if name != "scaler" or holder.get_growth_interval() == checkpoint[name]["growth_interval"]:
                 holder.load_state_dict(checkpoint[name])  # another --amp starts with its own scale
         step = state["meter"].step = checkpoint["step"]
+    if len(set(objects_of_ranks(step))) > 1:
+        raise CMAEVError(f"the ranks differ in checkpoint.pt of {run}: give --out on a disk that they share")
     if this_rank() == 0:
-        log = Path(run) / "log.jsonl"
-        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-        lines = [line for line in lines if line.endswith(b"\n")]  # the last one may be torn
+        log.touch()
+        kept = sum(record["step"] <= step for record in read_log(run))
+        lines = log.read_bytes().splitlines(keepends=True)
         with atomic_write(log, "wb") as file:
-            file.writelines(line for line in lines if parse_json(line, log, "step")["step"] <= step)
+            file.writelines(lines[:kept])
     return step
 
 

@@ -387,7 +387,9 @@ def score_videos(function, clips, batch, workers, device):
     """
     rows = {}
     batches = cmaev.loader(clips, workers, device, batch_size=batch, sampler=cmaev.rank_indices(clips))
-    for sample in cmaev.progress(batches, "test views, batch"):
+    for done, sample in enumerate(batches):
+        if done % 100 == 99:
+            cmaev.print0(f"test views: batch {done} of {len(batches)}")
         views = sample["clip"].to(device, non_blocking=True)
         results = function(cmaev.normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1).cpu()
         if not results[~sample["replaced"][:, 0]].isfinite().all():
@@ -526,14 +528,13 @@ def main():
         folder.mkdir(exist_ok=True)
         cmaev.print0(f"testing {run}/{checkpoint}.pt: {s.segments} x {s.crops} views of {s.size} x {s.size}")
         return evaluate(model, model.test_clips(tests), folder)
-    cmaev.check_paths(s)
     s.data, val = cmaev.split_folder(s.data)
     s.val = s.val or val
     if s.features:
         return write_features(s, score, device)
 
     videos, tests, names, about = read_classes(s)
-    cmaev.check_ranks(run, s, device, videos, tests, names)
+    cmaev.check_ranks(s, device, videos, tests, names)
     if s.probe:
         return probe(s, videos, tests, names, score, device)
     parts = cmaev.micro_batches(s)
@@ -585,11 +586,11 @@ def main():
         for part in range(parts):
             batch = next(feed)
             clip, labels = mix(cmaev.normalize(batch["clip"]), batch["label"])
-            with cmaev.synchronised(parallel, last=part == parts - 1):
-                with autocast():
-                    logits = parallel(clip)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=s.smoothing) / parts
-                scaler.scale(loss).backward()
+            parallel.require_backward_grad_sync = part == parts - 1  # when DDP averages the gradients
+            with autocast():
+                logits = parallel(clip)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=s.smoothing) / parts
+            scaler.scale(loss).backward()
             step_loss, replaced = step_loss + loss.detach(), replaced + batch["replaced"].sum()
         grad_norm = cmaev.optimizer_step(model.parameters(), optimizer, scaler, dtype, s.clip_grad)
         meter.add([step_loss], grad_norm, replaced)

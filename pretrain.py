@@ -18,7 +18,7 @@ import cmaev  # before torch: it sets how OpenMP's threads wait
 from tools import demo_videos
 
 import torch
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 
 DEMO = "data/demo/train.txt"
 METRICS = ("loss", "reconstruction", "contrast", "accuracy")
@@ -103,7 +103,6 @@ def read_videos(s):
         cmaev.print0("making the demo's videos in data/demo")
         demo_videos.make_demo(Path(DEMO).parent)
     cmaev.objects_of_ranks(None)  # the other ranks wait for the videos
-    cmaev.check_paths(s)
     if s.batch_size < 2:
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give at least 2")
     cmaev.micro_batches(s, s.repeats)
@@ -135,9 +134,8 @@ def build(s, device):
     scaler = cmaev.grad_scaler(dtype, device)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
     num_micro_batches = cmaev.micro_batches(s, s.repeats)
-    parallel = cmaev.data_parallel(model)
     compiled = torch.compile if s.compile else lambda function: function
-    parallel, two_features = compiled(parallel), compiled(features)
+    parallel = compiled(cmaev.data_parallel(model))
     normalize, augment_colors = compiled(cmaev.normalize), compiled(cmaev.augment_colors)
 
     def model_inputs(batch):
@@ -150,75 +148,72 @@ def build(s, device):
     def train_step(feed):
         if num_micro_batches == 1:
             batch = next(feed)
+            replaced = batch["replaced"].sum()
             inputs = model_inputs(batch)  # not under autocast
             with autocast():
                 losses = parallel(*inputs)
             scaler.scale(losses["loss"]).backward()
-            replaced = batch["replaced"].sum()
         else:
-            micro_batches = (next(feed) for _ in range(num_micro_batches))
-            losses, replaced = backward_in_micro_batches(
-                model, parallel, two_features, micro_batches, model_inputs, scaler, autocast)
+            losses, replaced = backward_in_micro_batches(feed)
         grad_norm = cmaev.optimizer_step(model.parameters(), optimizer, scaler, dtype, s.clip_grad)
         model.update_target(s.momentum)
         return losses, grad_norm, replaced
-    return model, optimizer, scaler, train_step
 
+    def backward_in_micro_batches(feed):
+        """Backward pass in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
 
-def backward_in_micro_batches(model, parallel, two_features, micro_batches, model_inputs, scaler, autocast):
-    """Backward pass in micro-batches, with exactly the whole batch's gradient -> losses, replaced clips.
+        Gradient accumulation gives another gradient: InfoNCE and the heads' batch norm couple all clips. But
+        L_c sees the encoder only through the online features f of the clips. Let g be the gradient of
+        lambda_c L_c with respect to f. Then <f, g> has the same gradient with respect to the encoder, and it is
+        a sum over clips. The cost: the encoder runs twice on its visible tokens.
+        """
+        weight, replaced = s.contrast_weight, 0
+        kept, feature_rows = [], []
+        for _ in range(num_micro_batches):  # 1. the features of all clips, without gradient
+            batch = next(feed)
+            replaced += batch["replaced"].sum()
+            kept.append({name: batch[name] for name in ("online", "mask")})
+            if weight:
+                online, target, mask, video = model_inputs(batch)
+                with autocast():
+                    feature_rows.append((*features(online, target, mask), video))
 
-    `parallel`: the model, or DDP around it; `two_features`: `features`, or its compiled form.
-    Gradient accumulation gives another gradient: InfoNCE and the heads' batch norm couple all clips. But L_c
-    sees the encoder only through the online features f of the clips. Let g be the gradient of lambda_c L_c with
-    respect to f. Then <f, g> has the same gradient with respect to the encoder, and it is a sum over clips.
-    The cost: the encoder runs twice on its visible tokens.
-    """
-    weight, replaced = model.contrast_weight, 0
-    kept, feature_rows = [], []
-    for batch in micro_batches:  # 1. the features of all clips, without gradient
-        replaced += batch["replaced"].sum()
-        kept.append({name: batch[name] for name in ("online", "mask")})
-        if weight:
-            online, target, mask, video = model_inputs(batch)
+        if weight:  # 2. L_c of the whole batch, and g
+            f, target_feature, video = map(torch.cat, zip(*feature_rows))
+            f = f.float().requires_grad_()
             with autocast():
-                feature_rows.append((*two_features(model, online, target, mask), video))
+                contrast, accuracy = model.contrastive_loss(f, target_feature, video)
+                loss = scaler.scale(weight * contrast)
+            g = torch.autograd.grad(loss, f)[0] / scaler.scale(torch.ones_like(loss))
 
-    if weight:  # 2. L_c of the whole batch, and g
-        f, target_feature, video = map(torch.cat, zip(*feature_rows))
-        f = f.float().requires_grad_()
-        with autocast():
-            contrast, accuracy = model.contrastive_loss(f, target_feature, video)
-            loss = scaler.scale(weight * contrast)
-        g = torch.autograd.grad(loss, f)[0] / scaler.scale(torch.ones_like(loss))
-
-    reconstruction = first = 0
-    for batch in kept:  # 3. each micro-batch again, with gradient: its share of L_r, and <f, g>
-        inputs, end = model_inputs(batch), first + len(batch["mask"])
-        is_last = batch is kept[-1]
-        with cmaev.synchronised(parallel, is_last):
+        reconstruction = first = 0
+        for batch in kept:  # 3. each micro-batch again, with gradient: its share of L_r, and <f, g>
+            inputs = model_inputs(batch)
+            end, last = first + len(batch["mask"]), batch is kept[-1]
+            parallel.require_backward_grad_sync = last  # when DDP averages the gradients
             with autocast():
                 losses = parallel(*inputs)
-                loss = losses["reconstruction"] / len(kept)
+                loss = losses["reconstruction"] / num_micro_batches
                 reconstruction = reconstruction + loss.detach()
-                if weight and is_last:  # L_c itself, for the gradient of the heads too
+                if weight and last:  # L_c itself, for the gradient of the heads too
                     whole = torch.cat([f.detach()[:first], losses["feature"].float()])
                     loss = loss + weight * model.contrastive_loss(whole, target_feature, video)[0]
                 elif weight:
                     loss = loss + (losses["feature"] * g[first:end]).sum()
             scaler.scale(loss).backward()
-        first = end
-    losses["reconstruction"] = losses["loss"] = reconstruction
-    if weight:
-        losses |= dict(contrast=contrast, accuracy=accuracy, loss=reconstruction + weight * contrast)
-    return losses, replaced
+            first = end
+        losses["reconstruction"] = losses["loss"] = reconstruction
+        if weight:
+            losses |= dict(contrast=contrast, accuracy=accuracy, loss=reconstruction + weight * contrast)
+        return losses, replaced
 
-
-@torch.no_grad()
-def features(model, online, target, mask):
-    """Equations 1 to 3 without gradient -> features [B, D] of the online and the target view."""
-    visible, _ = cmaev.visible_and_masked(mask, online.device)
-    return model.encoder(online, visible).mean(dim=1), model.target_encoder(target).mean(dim=1)
+    @compiled
+    @torch.no_grad()
+    def features(online, target, mask):
+        """Equations 1 to 3 without gradient -> features [B, D] of the online and the target view."""
+        visible, _ = cmaev.visible_and_masked(mask, online.device)
+        return model.encoder(online, visible).mean(dim=1), model.target_encoder(target).mean(dim=1)
+    return model, optimizer, scaler, train_step
 
 
 def main():
@@ -226,14 +221,13 @@ def main():
     device, run = cmaev.join_ranks(), Path(s.out)
     videos = read_videos(s)
     held_out_videos = cmaev.read_list(s.val) if s.val else []
-    cmaev.check_ranks(run, s, device, videos, held_out_videos)
+    cmaev.check_ranks(s, device, videos, held_out_videos)
     model, optimizer, scaler, train_step = build(s, device)
     sampling = dict(grid=model.encoder.grid, frames=s.frames, rate=s.rate, max_shift=s.max_shift, size=s.size,
                     mask_ratio=s.mask_ratio, log=run / "bad-videos.jsonl")
     clips = cmaev.PretrainClips(videos, **sampling, repeats=s.repeats, seed=s.seed,
                                 two_views=s.contrast_weight > 0)
     held_out = cmaev.PretrainClips(held_out_videos, **sampling, two_views=False)  # of seed 0 for every --seed
-    videos_per_step = s.batch_size // s.repeats
     per_epoch = len(videos) * s.repeats // s.batch_size
     steps = s.epochs * per_epoch
 
@@ -262,7 +256,7 @@ def main():
 
     received = cmaev.notice_signals()
     num_micro_batches = cmaev.micro_batches(s, s.repeats)
-    order = cmaev.batches(len(videos), videos_per_step, steps, s.seed, start, num_micro_batches)
+    order = cmaev.batches(len(videos), s.batch_size // s.repeats, steps, s.seed, start, num_micro_batches)
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=order), device)
     for step in range(start, steps):
         lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
@@ -274,7 +268,7 @@ def main():
         if done > 1 and done % s.log_every and not last:
             continue
         due = lambda every: every > 0 and (last or done // every > meter.step // every)  # since the last line
-        save, draw, stop = due(s.save_every), due(s.picture_every), received()
+        save, picture, stop = due(s.save_every), due(s.picture_every), received()
         record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
         record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
         if stop:  # before the validation, as SLURM soon kills
@@ -285,8 +279,8 @@ def main():
             record["held_out_reconstruction"] = held_out_reconstruction(model, held_out, s, device)
             text += f"  held-out reconstruction {record['held_out_reconstruction']:.4f}"
         cmaev.write_log(run, record, steps, text)
-        if draw and cmaev.this_rank() == 0:
-            cmaev.write_png(picture(model, clips, device), run / f"reconstruction-{done:06d}.png")
+        if picture and cmaev.this_rank() == 0:
+            draw(model, clips, device, run / f"reconstruction-{done:06d}.png")
         meter.began = time.perf_counter()
         if save and not stop:
             save_run(done)
@@ -313,11 +307,8 @@ def held_out_reconstruction(model, clips, s, device):
     return loss / count
 
 
-def picture(model, clips, device, count=3, columns=8):
-    """Draws the first videos: original, masked, mean colours, reconstructed, one row each -> uint8 [3, H, W].
-
-    Small frames are enlarged.
-    """
+def draw(model, clips, device, path, count=3, columns=8):
+    """Draws the first videos: original, masked, mean colours, reconstructed, one row each. Enlarges small frames."""
     samples = [clips[0, index] for index in range(min(count, len(clips)))]
     online = cmaev.normalize(torch.stack([sample["online"][0] for sample in samples]).to(device))
     rows = model.reconstruct(online, torch.stack([sample["mask"][0] for sample in samples]))
@@ -325,7 +316,7 @@ def picture(model, clips, device, count=3, columns=8):
     frames = frames[:, :, ::math.ceil(frames.shape[2] / columns)]
     scale = max(1, 112 // online.shape[-1])
     enlarged = frames.flatten(0, 2).repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
-    return (make_grid(enlarged, nrow=frames.shape[2]) * 255).round().byte().cpu()
+    save_image(enlarged, path, nrow=frames.shape[2])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the helpers.
 
 import argparse
 import contextlib
-import functools
 import gc
 import importlib.util
 import itertools
@@ -50,7 +49,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from av.bitstream import BitStreamFilterContext
-from torchvision.io import write_jpeg
+from torchvision.io import write_jpeg, write_png
 
 import cmaev
 import finetune
@@ -61,7 +60,8 @@ from tools import demo_videos, export, lists, one_clip
 HERE = Path(__file__).parent
 on_gpu = pytest.mark.skipif(not GPU, reason="wants a GPU: GPU=1 pytest -k gpu")
 takes_minutes = pytest.mark.skipif(not LONG, reason="takes minutes: LONG=1 pytest -k faults")
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities")  # of write_jpeg
+pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # of write_jpeg
+              pytest.mark.filterwarnings("ignore:Unable to enable fault handler")]  # pytest has taken stderr
 
 
 # Helpers: files ------------------------------------------------------------------------------------------------------
@@ -151,9 +151,9 @@ def write_list(path, videos):
 SMALL, TINY = dict(frames=4, size=(32, 48), tubelet=2, patch=16), dict(frames=4, size=32, tubelet=2, patch=8)
 cmaev.ENCODERS["vit_test"] = cmaev.VisionTransformer, dict(width=64, depth=2, heads=2)
 cmaev.ENCODERS["convvit_test"] = cmaev.ConvViT, dict(widths=(16, 32, 64), depths=(1, 1, 1), heads=2, fusion=True)
-DIFFERENCES = {  # what both of two ranks are given: --lr, a list, the content of the checkpoint; how they differ
-    "": 2 * [(1.0, ["a"], "x")], "lr": [(1.0, [], ""), (2.0, [], "")], "lists": [(1.0, ["a"], ""), (1.0, ["b"], "")],
-    "checkpoint": [(1.0, [], "x"), (1.0, [], "")], "checkpoint, lr": [(1.0, [], "x"), (2.0, [], "y")]}
+DIFFERENCES = {  # what both of two ranks are given: --lr, a list, the checkpoint's step; how they differ
+    "": 2 * [(1.0, ["a"], 4)], "lr": [(1.0, [], 0), (2.0, [], 0)], "lists": [(1.0, ["a"], 0), (1.0, ["b"], 0)],
+    "lists, lr": [(1.0, ["a"], 0), (2.0, [], 0)], "checkpoint.pt": [(1.0, [], 4), (1.0, [], 0)]}
 VIDEOS = torch.tensor([0, 1, 2, 0, 3, 0, 4, 1, 0, 5, 6, 6])  # of 12 clips, some of the same video
 both_encoders = pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
 
@@ -199,14 +199,35 @@ def float64():
             torch.set_default_dtype(torch.float32)
 
 
-def backward_in_parts(model, batch, count, parallel=None, scaler=None, autocast=contextlib.nullcontext):
-    """The batch's backward pass in `count` micro-batches -> losses. batch: online, target, mask, video."""
-    names = "online", "target", "mask", "video"
-    micro_batches = (dict(zip(names, rows), replaced=torch.zeros(len(rows[0]), dtype=torch.bool))
-                     for rows in zip(*(x.chunk(count) for x in batch)))
-    return pretrain.backward_in_micro_batches(
-        model, parallel or model, pretrain.features, micro_batches, lambda batch: [batch.get(x) for x in names],
-        scaler or cmaev.grad_scaler(None, torch.device("cpu")), autocast)[0]
+def train_steps(encoder, clips, micro_batch, *more):
+    """Two of pretrain.py's training steps on this rank's share of `clips`, in micro-batches (0: at once).
+
+    Gives each step's losses and gradients. A plain gradient step stands in for the optimiser's.
+    """
+    rank, world, steps = cmaev.this_rank(), cmaev.world_size(), []
+    command = pretraining(".", "run", "--encoder", encoder, "--batch-size", clips, "--micro-batch", micro_batch,
+                          "--no-color-augment", "--momentum", 0.9, *more)
+
+    def gradient_step(parameters, optimizer, scaler, *_):
+        grads = {name: grad / scaler.get_scale() for name, grad in gradients(model).items()}
+        for name, grad in grads.items():
+            model.get_parameter(name).data -= 0.1 * grad
+        optimizer.zero_grad()
+        steps.append(grads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain.py", *command])
+        patch.setattr(cmaev, "optimizer_step", gradient_step)
+        model, _, _, train_step = pretrain.build(pretrain.read_settings(), torch.device("cpu"))
+        _, (online, target, mask) = tiny_model(batch=clips)
+        pixels = lambda x: (255 * cmaev.to_unit_range(x).clamp(0, 1)).byte().transpose(1, 2)
+        batch = dict(online=pixels(online), target=pixels(target), mask=mask, video=VIDEOS[:clips],
+                     replaced=torch.zeros(clips, dtype=torch.bool))
+        parts = {name: x.chunk(world)[rank].split(micro_batch or clips // world) for name, x in batch.items()}
+        micro_batches = [dict(zip(parts, rows)) for rows in zip(*parts.values())]
+        losses = [train_step(iter(micro_batches))[0] for _ in range(2)]
+    values = [{name: x[name].item() for name in pretrain.METRICS} for x in losses]
+    return list(zip(values, steps, strict=True))
 
 
 def assert_equal_gradients(grads, expected):
@@ -423,21 +444,21 @@ def work_as_rank(folder):
     torch.save(steps, f"{folder}/steps-{rank}.pt")
     with float64():
         for encoder, weight in itertools.product(("convvit_test", "vit_test"), (0.0, 0.14)):
-            model, batch = tiny_model(encoder, batch=12, contrast_weight=weight)
-            backward_in_parts(model, [x[6 * rank:6 * rank + 6] for x in (*batch, VIDEOS)], 3,
-                              cmaev.data_parallel(model))
-            torch.save(gradients(model), f"{folder}/{encoder}-{weight}-{rank}.pt")
+            taken = train_steps(encoder, 12, 2, "--contrast-weight", weight)
+            torch.save([grads for _, grads in taken], f"{folder}/{encoder}-{weight}-{rank}.pt")
         query, key, video = half((*random_features(8), VIDEOS))
         losses = cmaev.info_nce(query, key, 0.07, video)
         torch.save([float(x) for x in losses], f"{folder}/info_nce-{rank}.pt")
     errors = []
     for of_ranks in DIFFERENCES.values():  # each rank has a disk of its own
-        lr, listed, content = of_ranks[rank]
-        node = Path(tempfile.mkdtemp())
-        if content:
-            (node / "checkpoint.pt").write_text(content)
+        lr, listed, step = of_ranks[rank]
+        node, state = Path(tempfile.mkdtemp()), dict(model=torch.nn.Linear(1, 1), meter=cmaev.Meter([], cpu))
+        if step:
+            checkpoint = dict(step=step) | {name: holder.state_dict() for name, holder in state.items()}
+            torch.save(checkpoint, node / "checkpoint.pt")
         try:
-            errors.append(cmaev.check_ranks(node, argparse.Namespace(amp="none", lr=lr, workers=rank), cpu, listed))
+            cmaev.check_ranks(argparse.Namespace(amp="none", lr=lr, workers=rank), cpu, listed)
+            errors.append(cmaev.resume(node, state))
         except cmaev.CMAEVError as error:
             errors.append(str(error))
     torch.save(errors, f"{folder}/errors-{rank}.pt")
@@ -709,53 +730,28 @@ def test_equation_8_trains_all_but_the_target_which_follows(encoder):
 @pytest.mark.parametrize("weight", [0.0, 0.14])
 def test_micro_batches_have_the_gradient_of_the_whole_batch(two_ranks, encoder, weight):
     """In two steps with a momentum step between them, by one process; and by two ranks with three parts each."""
-    def two_steps(backward):
-        model, batch = tiny_model(encoder, contrast_weight=weight)
-        optimizer, steps = torch.optim.SGD(model.parameters(), lr=0.1), []
-        for _ in range(2):
-            losses = backward(model, (*batch, VIDEOS[:6]))
-            steps.append(({name: losses[name].item() for name in pretrain.METRICS}, gradients(model)))
-            optimizer.step()
-            optimizer.zero_grad()
-            model.update_target(0.9)
-        return steps
-
-    def whole_batch(model, batch):
-        losses = model(*batch)
-        losses["loss"].backward()
-        return losses
-
     with float64():
-        expected = two_steps(whole_batch)
-        for count in (1, 2, 3, 6):
-            steps = two_steps(lambda model, batch: backward_in_parts(model, batch, count))
-            for (losses, grads), (expected_losses, expected_grads) in zip(steps, expected):
+        expected = train_steps(encoder, 12, 0, "--contrast-weight", weight)
+        for micro_batch in (1, 2, 6):
+            steps = train_steps(encoder, 12, micro_batch, "--contrast-weight", weight)
+            for (losses, grads), (expected_losses, expected_grads) in zip(steps, expected, strict=True):
                 assert losses == pytest.approx(expected_losses, rel=1e-9)
                 assert_equal_gradients(grads, expected_grads)
-        model, batch = tiny_model(encoder, batch=12, contrast_weight=weight)
-        whole_batch(model, (*batch, VIDEOS))
         for rank in range(2):
-            assert_equal_gradients(torch.load(two_ranks / f"{encoder}-{weight}-{rank}.pt"), gradients(model))
+            steps = torch.load(two_ranks / f"{encoder}-{weight}-{rank}.pt")
+            for grads, (_, expected_grads) in zip(steps, expected, strict=True):
+                assert_equal_gradients(grads, expected_grads)
 
 
 @both_encoders
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_micro_batches_under_amp(encoder, dtype):
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_micro_batches_under_amp(encoder, amp):
     """As near to float32's gradient as the whole batch under AMP is; float16 with a loss scale that it needs."""
-    grads, cpu = {}, torch.device("cpu")
-    for name in ("float32", "whole", "parts"):
-        model, batch = tiny_model(encoder)
-        scaler = cmaev.grad_scaler(None if name == "float32" else dtype, cpu)
-        autocast = lambda: torch.autocast("cpu", dtype, enabled=name != "float32")
-        if name == "parts":
-            backward_in_parts(model, (*batch, VIDEOS[:6]), 3, None, scaler, autocast)
-        else:
-            with autocast():
-                loss = model(*batch, VIDEOS[:6])["loss"]
-            scaler.scale(loss).backward()
-        grads[name] = torch.cat([grad.flatten() for grad in gradients(model).values()]) / scaler.get_scale()
-    error = {name: (grad - grads["float32"]).norm() / grads["float32"].norm() for name, grad in grads.items()}
-    assert error["parts"] < 1.5 * error["whole"] < 0.5
+    (_, exact), *_ = train_steps(encoder, 6, 0)
+    (_, whole), *_ = train_steps(encoder, 6, 0, "--amp", amp)
+    (_, parts), *_ = train_steps(encoder, 6, 2, "--amp", amp)
+    exact, whole, parts = (torch.cat([grad.flatten() for grad in grads.values()]) for grads in (exact, whole, parts))
+    assert (parts - exact).norm() < 1.5 * (whole - exact).norm() < 0.5 * exact.norm()
 
 
 @both_encoders
@@ -1225,7 +1221,7 @@ def test_folders_of_frames(tmp_path, demo, pictures_by):
     """In natural order; PNG of 16 bits; a picture too small to be cropped; the eight orientations of Exif (TIFF)."""
     for i in range(12):
         frame = torch.full((3, 16, 24), i * 20, dtype=torch.uint8)
-        (write_jpeg if i < 6 else cmaev.write_png)(frame, str(tmp_path / f"img_{i}.{'jpg' if i < 6 else 'png'}"))
+        (write_jpeg if i < 6 else write_png)(frame, str(tmp_path / f"img_{i}.{'jpg' if i < 6 else 'png'}"))
     video = cmaev.Video(touch(tmp_path, "notes.txt", "16/0.png", "turned/0.jpg"))
     assert len(video) == 12 and video.read([11, 2, 2]).float().mean(dim=(1, 2, 3)).tolist() == [220, 40, 40]
     for value, expected in ((0, 0), (32768, 128), (65535, 255)):
@@ -1641,10 +1637,10 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--data late.txt --workers 1 --out late": "ten videos in a row cannot be read, the last one: audio.mp4: has no",
         "--encoder vgg": "no encoder 'vgg'", "--encoder convvit_tiny --size 60 --patch 6": "patch size 6",
         "--batch-size 16": "--batch-size 16: give no more than",
-        "--batch-size 5 --repeats 2": "--batch-size 5: give a multiple of 1 ranks x 2 repeats",
-        "--micro-batch 3": "--batch-size 4: give a multiple of 1 ranks x 3 of --micro-batch",
-        "--micro-batch 1 --repeats 2": "1 ranks x 1 of --micro-batch 1, a multiple of 2 repeats",
-        "--recipe k400 --data=": "needs --data", "--out good.txt/run": "--out good.txt/run cannot be made",
+        "--batch-size 5 --repeats 2": "--micro-batch 0 (0: all), and this a multiple of 2 repeats",
+        "--micro-batch 3": "--batch-size 4: give a multiple of 1 ranks x --micro-batch 3 (0: all)",
+        "--micro-batch 1 --repeats 2": "1 ranks x --micro-batch 1 (0: all), and this a multiple of 2 repeats",
+        "--recipe k400 --data=": "needs --data", "--out good.txt/run": "Not a directory: 'good.txt/run'",
         "--epoch 3": "--epoch", "--amp fp8": "--amp: invalid choice: 'fp8'", "--epochs x": "--epochs: invalid",
         "--epochs 0": "--epochs: 0: give a number in [1, inf)",
         "--seed -1": "--seed: -1: give a number in [0, 18446744073709551616)",
@@ -1656,11 +1652,11 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--epochs 3 --warmup-epochs 3": "error: --warmup-epochs 3: give less than --epochs 3",
         "--epochs 2": "error: the recipe's --warmup-epochs 2: give less than --epochs 2",
         "--warmup-epochs 45": "error: --warmup-epochs 45: give less than the recipe's --epochs 45",
-        "--recipe small --repeats 3": "x 4 of the recipe's --micro-batch 64, a multiple of 3"}.items()),
+        "--recipe small --repeats 3": "x the recipe's --micro-batch 64 (0: all), and this a multiple of 3"}.items()),
     *((finetune, *row) for row in {
         "--val large.txt": "large.txt: good.mp4 has label 7: give 0 to 0, the classes of the training list",
         "--data gap.txt": "class 1 of 0 to 2 has no video in the list", "--data none.txt": "good.mp4 has no label",
-        "--init lost.pt": "error: --init lost.pt: no such file",
+        "--init lost.pt": "error: lost.pt: no such file of weights",
         **{f"--init {file}": f"{file} cannot be read as weights" for file in (
             "text.mp4", "good.mp4", "good.txt", "empty.txt", "array.npz", "tensor.pt")},
         "--init no-tensors.pt": "no-tensors.pt holds no encoder ('patch_embed.proj.weight'): give a",
@@ -1671,7 +1667,7 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--val text.txt --probe knn --workers 1": "text.mp4: cannot be opened", "--layer-decay 0": "a number in (0, 1]",
         "--data one.txt --probe linear": "two or more training videos", "--recipe k400 --data=": "--data is not given",
         "--predict": "name one or more videos", "--predict good.mp4 --out nothing": "nothing holds no checkpoint.pt",
-        "--batch-size 1 --mixup 1": "two or more videos per", "--micro-batch 3": "1 ranks x 3 of --micro-batch",
+        "--batch-size 1 --mixup 1": "two or more videos per", "--micro-batch 3": "1 ranks x --micro-batch 3 (0: all)",
         "--sampling often": "invalid choice"}.items())])
 def test_wrong_input_ends_in_one_line(wrong, monkeypatch, script, arguments, words):
     monkeypatch.chdir(wrong)
@@ -1684,20 +1680,15 @@ def test_wrong_input_ends_in_one_line(wrong, monkeypatch, script, arguments, wor
 
 @pytest.mark.parametrize("script, arguments, words", [
     (pretrain, "--recipe demo --data good.txt", "--batch-size 16: give no more than the 8 clips"),
-    (pretrain, "--recipe demo --data good.txt --val nowhere.txt", "error: --val nowhere.txt: no such list"),
     (finetune, "--recipe demo --data good.txt --init none", "--batch-size 16: give no more than the 7"),
-    (finetune, "", "--data data/demo/train.txt: no such list or folder: run pretrain.py first, or give"),
-    (finetune, "--recipe small --data good.txt", "--init runs/pretrain-small: no such file of weights"),
-    (finetune, "--recipe k400 --data good.txt --features x", "--init runs/pretrain-k400: no such file"),
     (finetune, "--predict good.mp4", "--out runs/finetune-demo holds no checkpoint.pt")])
 def test_errors_say_which_values_are_the_recipes(wrong, monkeypatch, script, arguments, words):
     monkeypatch.chdir(wrong)
-    expected = words if "error" in words else f"error: the recipe's {words}"
-    assert run(script, *arguments.split()).startswith(expected)
+    assert run(script, *arguments.split()).startswith(f"error: the recipe's {words}")
 
 
 def test_notes_on_few_steps_and_a_low_learning_rate(monkeypatch, capsys):
-    low = "rises to 1.2e-04, the recipe's to 1.2e-03: for that give --lr 1.5e-03\n"
+    low = "is 10.0% of the recipe's: for that give --lr 1.5e-03\n"
     for arguments, steps, end in (("--batch-size 205", 500, ""), ("--batch-size 204", 500, low),
                                   ("", 499, "note: 499 steps are few: for 500 give --epochs 802\n")):
         monkeypatch.setattr(sys, "argv", ["pretrain.py", "--recipe", "k400", *arguments.split()])
@@ -1752,7 +1743,7 @@ def test_a_rank_finds_its_device_and_the_others(monkeypatch, environment, gpus, 
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
     try:
         assert str(cmaev.join_ranks()) == expected
-    except cmaev.CMAEVError as error:
+    except ValueError as error:
         assert expected in str(error)
 
 
@@ -1761,7 +1752,7 @@ def test_ranks_that_differ_do_not_train(demo, tmp_path, two_ranks, monkeypatch, 
     """In lists, settings or checkpoint."""
     for rank in range(2):
         for name, error in zip(DIFFERENCES, torch.load(two_ranks / f"errors-{rank}.pt"), strict=True):
-            assert error is None if name == "" else error.startswith(f"the ranks differ in {name}: give all the same")
+            assert error == 4 if name == "" else error.startswith(f"the ranks differ in {name}")
     command = (pretraining if script is pretrain else finetuning)(demo, tmp_path, "--val", demo / "val.txt")
     command += ["--init", "none"]
     monkeypatch.setattr(cmaev, "world_size", lambda: 2)
@@ -1805,14 +1796,12 @@ def test_a_signal_saves_before_a_validation(demo, tuned, undisturbed, tmp_path, 
 
 def test_without_what_windows_lacks(demo, tmp_path, monkeypatch):
     """The module, and a run without decoding processes."""
-    for name in ("fcntl", "resource"):
-        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
     for name in ("SIGKILL", "SIGCHLD"):
         monkeypatch.delattr(signal, name)
     spec = importlib.util.spec_from_file_location("cmaev_elsewhere", cmaev.__file__)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert run(pretrain, *pretraining(demo, tmp_path, "--epochs", 2)) is None
-    assert all(math.isnan(line["memory_mib"]) for line in cmaev.read_log(tmp_path))
 
 
 def test_decay_groups_and_schedule():
@@ -2059,7 +2048,6 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     """`python pretrain.py` at its smallest: makes the videos, trains, writes all its files, reports a finished run."""
     make_demo, folder = demo_videos.make_demo, Path("runs/pretrain-demo")
     monkeypatch.setattr(demo_videos, "make_demo", lambda folder: make_demo(folder, train=20, val=10))
-    monkeypatch.setattr(cmaev, "progress", functools.partial(cmaev.progress, every=0))
     monkeypatch.chdir(tmp_path)
     command = "--epochs 2 --warmup-epochs 1 --subset 16 --batch-size 8 --log-every 3 --repeats 2".split()
     assert run(pretrain, *command) is None
@@ -2074,7 +2062,7 @@ def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     assert run(pretrain, *command) is None
     output = capsys.readouterr().out
     assert all(words in output for words in (
-        "step 8/8", "left", "finished", "is finished", "data/demo: train video 19/20  0:00:00 left",
+        "making the demo's videos", "step 8/8", "left", "finished", "is finished",
         "note: 8 steps are few: for 500 give --epochs 125"))
 
 
@@ -2298,15 +2286,13 @@ def test_names_from_a_file(demo, tmp_path, capsys):
 
 
 def test_features_are_the_encoders(demo, undisturbed, tmp_path, capsys, monkeypatch):
-    """Features, labels and paths; progress; what cannot be written is known before anything is computed."""
-    monkeypatch.setattr(cmaev, "progress", functools.partial(cmaev.progress, every=0))
+    """Features, labels and paths; what cannot be written is known before anything is computed."""
     videos = cmaev.read_list(demo / "val.txt")[:3] + [(str(demo / "train.txt"), None)]
     listed = write_list(tmp_path / "list.txt", [(path, label) for path, label in videos])
     listed.write_text(listed.read_text().replace(" None", ""))
     arguments = ["--features", tmp_path / "out.npz", "--data", listed, "--init", undisturbed, "--workers", 0]
     assert run(finetune, *arguments, "--amp", "none", "--batch-size", 2) is None
-    output = capsys.readouterr().out
-    assert "features of 4 videos, 1 x 1 views each" in output and "batch 1/2  0:00:" in output
+    assert "features of 4 videos, 1 x 1 views each" in capsys.readouterr().out
     stored, encoder = np.load(tmp_path / "out.npz"), cmaev.load_encoder(undisturbed).eval()
     assert stored["paths"].tolist() == [path for path, _ in videos]
     assert stored["labels"].tolist() == [*(label for _, label in videos[:3]), -1]
@@ -2389,27 +2375,6 @@ def test_faults_signals_and_locks(demo, tmp_path, undisturbed):
         else:
             assert run(pretrain, *command) is None
             assert_same_weights(folder, undisturbed)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's watchdog ends it, some seconds later")
-@pytest.mark.parametrize("before, after, trainer_lives", [(0.5, 0, 0), (0, 1.5, 0.5)])
-def test_faults_a_worker_does_not_outlive_a_trainer_killed_at_its_start(before, after, trainer_lives):
-    """The trainer ends before, or after, the worker calls ignore_signals."""
-    ours, theirs = os.pipe()
-
-    def decode():
-        time.sleep(before)
-        cmaev.ignore_signals(0)
-        time.sleep(after)
-        os.write(theirs, b"still there")
-    trainer = os.fork()
-    if trainer == 0:
-        multiprocessing.get_context("fork").Process(target=decode).start()
-        time.sleep(trainer_lives)
-        os._exit(0)
-    os.waitpid(trainer, 0)
-    os.close(theirs)
-    assert os.read(ours, 100) == b""
 
 
 def test_faults_bad_numbers_end_a_run(demo, tmp_path, monkeypatch):

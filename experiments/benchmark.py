@@ -6,6 +6,7 @@ All flags are those of pretrain.py. Prints a table, and last a line of JSON with
 """
 
 import json
+import resource
 import time
 from copy import deepcopy
 from itertools import repeat
@@ -38,6 +39,13 @@ def clip_flops(model, mask_ratio):
 def wait_for(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def peak_memory(device):
+    """Peak MiB of a GPU's allocated memory; on a CPU of the process's resident memory, in Linux."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def matrix_rate(device, dtype, repeats=10):
@@ -73,7 +81,7 @@ def main():
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     flops, dtype = clip_flops(model, s.mask_ratio), cmaev.amp_dtype(s.amp, device)
-    peak, workers = matrix_rate(device, dtype), cmaev.worker_count(s.workers, device)
+    peak, workers = matrix_rate(device, dtype), cmaev.loader([], s.workers, device).num_workers
     warm = 5 + 2 * workers  # compilation, memory, and the batches that are read ahead meanwhile
     batch = synthetic_batch(s, model, s.batch_size // (world * parts), device)
     feeds = dict(synthetic=cmaev.Feed(repeat(batch), device))
@@ -102,7 +110,7 @@ def main():
         rows[name] = dict(clips_per_s=rate, step_ms=1000 * seconds / STEPS)
         if name != "reading":
             rows[name].update(tflop_per_s=flops * rate / world / 1e12, data_wait=feed.waited() / seconds,
-                              memory_mib=cmaev.peak_memory(device))
+                              memory_mib=peak_memory(device))
 
     cmaev.print0(f"{s.encoder}, {s.frames} x {s.size} x {s.size}, batch {s.batch_size}, {dtype or torch.float32}, "
                  f"{'compiled' if s.compile else 'not compiled'}, {world} x {device.type}; {flops / 1e9:.1f} G "

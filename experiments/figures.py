@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cmaev
 import torch
+from torchvision.utils import save_image
 
 try:
     import matplotlib
@@ -58,7 +59,7 @@ def training(name, run, videos=3):
     pictures = [cmaev.read_image(path).permute(2, 0, 1) for path in (files[0], files[-1])]
     side = (pictures[0].shape[1] - 2) // (4 * videos)
     rows = [pictures[0][:, :3 * side], *(picture[:, 3 * side:4 * side] for picture in pictures)]
-    cmaev.write_png(torch.cat(rows, dim=1), FIGURES / f"{name}.png")
+    save_image(torch.cat(rows, dim=1) / 255, FIGURES / f"{name}.png")
 
 
 def similarities(name, run, videos, count=16):
@@ -81,7 +82,7 @@ def similarities(name, run, videos, count=16):
         print(f"cosine of own key {own:.2f}, of others {others:.2f}; own key found by {found:.0%}")
         pictures.append(((cosine + 1) * 127.5).byte().repeat_interleave(12, 0).repeat_interleave(12, 1))
     gap = torch.full((12 * count, 12), 255, dtype=torch.uint8)
-    cmaev.write_png(torch.cat([pictures[0], gap, pictures[1]], dim=1).expand(3, -1, -1), FIGURES / f"{name}.png")
+    save_image(torch.cat([pictures[0], gap, pictures[1]], dim=1) / 255, FIGURES / f"{name}.png")
 
 
 for kind in ("scenes", "motions"):

@@ -12,6 +12,7 @@ import time
 
 import cmaev
 import torch
+from experiments.benchmark import peak_memory
 
 try:
     from transformers import VideoMAEConfig, VideoMAEForPreTraining
@@ -63,4 +64,4 @@ for run in runs:
     ratio = statistics.median(a / b for a, b in zip(times[run][3:], times[runs[0]][3:]))
     print(f"{run:28}{1000 * statistics.median(times[run][3:]):9.1f} ms{ratio:6.2f}")
 if len(runs) == 1:
-    print(f"{'peak memory':28}{cmaev.peak_memory(device):9.0f} MiB")
+    print(f"{'peak memory':28}{peak_memory(device):9.0f} MiB")

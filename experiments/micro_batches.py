@@ -14,7 +14,7 @@ from itertools import repeat
 
 import cmaev
 import pretrain
-from experiments.benchmark import synthetic_batch
+from experiments.benchmark import peak_memory, synthetic_batch
 
 import numpy as np
 import torch
@@ -29,12 +29,12 @@ def step(arguments, results):
     s, device = pretrain.read_settings(), cmaev.join_ranks()
     model, _, _, train_step = pretrain.build(s, device)
     feed = cmaev.Feed(repeat(synthetic_batch(s, model, s.micro_batch or s.batch_size, device)), device)
-    before = cmaev.peak_memory(device)
+    before = peak_memory(device)
     for timed in (False, True):
         began = time.perf_counter()
         for _ in range(STEPS if timed else 1):
             train_step(feed)
-    results.put(dict(seconds=(time.perf_counter() - began) / STEPS, before=before, peak=cmaev.peak_memory(device)))
+    results.put(dict(seconds=(time.perf_counter() - began) / STEPS, before=before, peak=peak_memory(device)))
 
 
 def main():

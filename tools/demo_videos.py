@@ -32,7 +32,7 @@ def make_demo(folder, kind="motions", train=400, val=200, seed=0):
         raise cmaev.CMAEVError(f"{folder} is not empty: remove it, or make the demo's videos in another folder")
     for split, (name, count) in enumerate((("train", train), ("val", val))):
         lines = []
-        for i in cmaev.progress(range(count), f"{folder}: {name} video"):
+        for i in range(count):
             label = i % len(DEMO_CLASSES)
             file = f"{name}/{DEMO_CLASSES[label]}/{i:05d}.mp4"
             (partial / file).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import cmaev
 
 import torch
 import torch.nn.functional as F
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 
 
 def main():
@@ -60,7 +60,7 @@ def main():
     original, hidden, _, filled = model.reconstruct(online[:1], mask[:1])
     rows = torch.cat([original, hidden, cmaev.to_unit_range(target[:1]), filled][:4 if run else 3]).transpose(1, 2)
     frames, picture = rows[:, ::-(-s.frames // 8)], Path(run or "", f"{Path(path).stem}.png")
-    cmaev.write_png((make_grid(frames.flatten(0, 1), nrow=frames.shape[1]) * 255).byte(), str(picture))
+    save_image(frames.flatten(0, 1), picture, nrow=frames.shape[1])
     print(f"{picture}, rows: online frames; masked; target frames" + "; reconstruction" * bool(run))
 
 
