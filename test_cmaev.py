@@ -59,6 +59,7 @@ from tools import demo_videos, export, lists, one_clip
 
 HERE = Path(__file__).parent
 on_gpu = pytest.mark.skipif(not GPU, reason="wants a GPU: GPU=1 pytest -k gpu")
+slow = pytest.mark.skipif("SLOW" not in os.environ and not LONG, reason="SLOW=1 pytest")
 takes_minutes = pytest.mark.skipif(not LONG, reason="takes minutes: LONG=1 pytest -k faults")
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # of write_jpeg
               pytest.mark.filterwarnings("ignore:Unable to enable fault handler")]  # pytest has taken stderr
@@ -2324,27 +2325,41 @@ def test_ranks_score_every_video_once(demo, tuned):
 
 # Faults: kills, bad numbers, bad videos, bad weights, full disks, hostile files --------------------------------------
 
+@slow
 @pytest.mark.parametrize("script", [pretrain, finetune])
-def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
-    """At random moments, and every other time while a checkpoint is being written; with other worker processes."""
-    folder, rng, groups = demo.parent / f"kill-{script.__name__}", np.random.default_rng(0), []
+def test_faults_a_run_ended_anywhere_goes_on_the_same(demo, undisturbed, tuned, script):
+    """Ctrl-C and SIGTERM save and leave nothing running. kill -9 comes while a checkpoint is written, and at random;
+    right after, the run goes on. Meanwhile nobody else trains in its folder. With other worker processes each time."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
+    folder, rng, groups = demo.parent / f"ended-{script.__name__}", np.random.default_rng(0), []
     checkpoint, partial, log = (folder / name for name in ("checkpoint.pt", "checkpoint.pt.partial", "log.jsonl"))
-    command, expected = pretraining(demo, folder, "--save-every", 1), undisturbed
-    if script is finetune:
-        command, expected = finetuning(demo, folder, "--save-every", 1, "--init", undisturbed), tuned
-    for i in range(20 if LONG else 2):
-        began, process = time.time(), start(script, *command, "--workers", i % 3, start_new_session=True)
+    ends, kills = {signal.SIGINT: 130, signal.SIGTERM: cmaev.SAVED_AND_STOPPED}, (20 if LONG else 2) * [signal.SIGKILL]
+    command, expected, sent = pretraining(demo, folder), undisturbed, [*ends, *kills]
+    if script is finetune:  # its signals are those of pretrain.py
+        command, expected, sent = finetuning(demo, folder, "--init", undisturbed), tuned, kills
+    num_lines = lambda: len(log.read_bytes().splitlines()) if log.exists() else 0
+    for i, number in enumerate(sent):
+        began, before, every = time.time(), num_lines(), 1000 if number in ends else 1
+        process = start(script, *command, "--save-every", every, "--workers", 2 - i % 3, start_new_session=True)
         groups.append(process.pid)
-        if i % 2 == 0:
+        if number in ends:
+            assert wait_for(lambda: num_lines() > before, process), process.stderr.read()
+            os.killpg(process.pid, number)  # to the decoding processes, too, as a terminal and SLURM do
+            assert process.wait(60) == ends[number], process.stderr.read()
+            assert all_ended(process.pid, seconds=10)
+            assert checkpoint_of(folder)["step"] == cmaev.read_log(folder)[-1]["step"]
+        elif i % 2 == 0:
             wait_for(checkpoint.exists, process)
-            wait_for(partial.exists, process)
+            if wait_for(partial.exists, process):  # the last kills come after the end
+                process.send_signal(signal.SIGSTOP)
+                refused = run(script, *command)
         else:
-            wait_for(lambda: log.exists() and log.stat().st_mtime > began, process)
+            wait_for(lambda: log.stat().st_mtime > began, process)
             time.sleep(rng.uniform(0, 1))
         process.kill()
-        assert process.wait() == -signal.SIGKILL or i > 0  # later ones may come after the end
-    process = start(script, *command, "--workers", 2)
-    assert process.wait() == 0, process.stderr.read()
+        process.wait()
+    end = run(script, *command, "--workers", 2)
+    assert end is None and f"{folder} is in use by another process" in refused
     assert all_ended(*groups) and not partial.exists() and log_of(folder) == log_of(expected)
     assert_same_weights(folder, expected)
     if script is finetune:
@@ -2352,41 +2367,37 @@ def test_faults_kill_9_anywhere(demo, undisturbed, tuned, script):
         assert_same_weights(folder, tuned, "best.pt")
 
 
-def test_faults_signals_and_locks(demo, tmp_path, undisturbed):
-    """SIGTERM and Ctrl-C save, and leave nothing running. Nobody else trains in the folder, also right after a kill -9,
-    when decoding processes may still live. The run then goes on with the same samples, also on two ranks."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
-    for sent, code in ((signal.SIGTERM, cmaev.SAVED_AND_STOPPED), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        folder, epochs = tmp_path / sent.name, 400 if sent == signal.SIGKILL else 4
-        command = pretraining(demo, folder, "--save-every", 1000)
-        process = start(pretrain, *command, "--workers", 2, "--epochs", epochs, start_new_session=True)
-        assert wait_for_log(folder, process)
-        if sent == signal.SIGKILL:
-            assert f"{folder} is in use by another process" in run(pretrain, *command)
-            process.kill()
-        else:
-            os.killpg(process.pid, sent)  # to the decoding processes, too, as a terminal and SLURM do
-        assert process.wait(60) == code, process.stderr.read()
-        if sent != signal.SIGKILL:
-            assert all_ended(process.pid, seconds=10) and 1 <= checkpoint_of(folder)["step"] < 20
-        if sent == signal.SIGTERM:
-            torchrun(2, HERE / "pretrain.py", *command)
-            assert_same_but_for_rounding(folder, undisturbed)
-        else:
-            assert run(pretrain, *command) is None
-            assert_same_weights(folder, undisturbed)
+@slow
+def test_faults_a_lost_node(demo, undisturbed, tmp_path, monkeypatch):
+    """A run begun by one process goes on on two nodes, of one process each. One is killed: torchrun starts both again,
+    from the last checkpoint."""
+    command = pretraining(demo, tmp_path, "--save-every", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(cmaev, "notice_signals", lambda: lambda: signal.SIGTERM)
+        assert run(pretrain, *command) == str(cmaev.SAVED_AND_STOPPED) and checkpoint_of(tmp_path)["step"] == 1
+    (tmp_path / "lock").unlink()  # this process holds it
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # a free one
+    launch = f"""-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --max-restarts=2 --rdzv_id=lost
+        --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{port}"""
+    agents = [subprocess.Popen([sys.executable, *launch.split(), HERE / "pretrain.py", *command],
+                               env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}) for _ in range(2)]
+    assert wait_for(lambda: len(cmaev.read_log(tmp_path)) > 1, agents[0], 240)
+    os.kill(children(agents[1])[-1], signal.SIGKILL)
+    assert [agent.wait(300) for agent in agents] == [0, 0]
+    assert_same_but_for_rounding(tmp_path, undisturbed)
 
 
 def test_faults_bad_numbers_end_a_run(demo, tmp_path, monkeypatch):
     """Twenty in a row; the checkpoint is from before."""
-    forward, calls = cmaev.CMAEV.forward, []
+    forward, steps = cmaev.CMAEV.forward, itertools.count(1)
 
     def spoilt_forward(self, *batch):
-        calls.append(0)
         losses = forward(self, *batch)
-        return losses | {"loss": losses["loss"] * (math.nan if len(calls) in (3, *range(9, 40)) else 1)}
+        return losses | {"loss": losses["loss"] * (math.nan if next(steps) in (3, *range(9, 40)) else 1)}
     monkeypatch.setattr(cmaev.CMAEV, "forward", spoilt_forward)
-    end = run(pretrain, *pretraining(demo, tmp_path, "--log-every", 1, "--epochs", 8, "--seed", 2**64 - 1))
+    more = f"--encoder vit_test --batch-size 2 --epochs 2 --log-every 1 --seed {2**64 - 1}"
+    end = run(pretrain, *pretraining(demo, tmp_path, *more.split()))
     assert end.startswith("error: step 28: 20 steps in a row had a loss or a gradient that is not finite")
     log, checkpoint = cmaev.read_log(tmp_path), checkpoint_of(tmp_path)
     assert [line["skipped_steps"] for line in log[:9]] == [0, 0, *6 * [1], 2]
@@ -2398,37 +2409,29 @@ def test_faults_bad_numbers_end_a_run(demo, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+@pytest.mark.parametrize("max_norm", [0.0, 3.0, 9.0])
 @pytest.mark.parametrize("large", [1e25, 1e38])
-def test_faults_a_skipped_step_changes_nothing(dtype, max_norm, large):
-    """Nor does a finite gradient whose norm is too large for float32."""
-    layer, cpu, weights, losses = torch.nn.Linear(4, 1), torch.device("cpu"), [], []
-    optimizer, scaler = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True), cmaev.grad_scaler(dtype, cpu)
-    meter = cmaev.Meter(["loss"], cpu)
-    for factor in (1.0, math.nan, math.inf, large, 1.0):
+def test_faults_a_step_is_clipped_as_by_torch_and_skipped_if_not_finite(dtype, max_norm, large):
+    """Also if only the norm of its gradient is too large for float32. A skipped step changes nothing."""
+    layer, cpu, losses = torch.nn.Linear(4, 1), torch.device("cpu"), []
+    plain, scaler, meter = deepcopy(layer), cmaev.grad_scaler(dtype, cpu), cmaev.Meter(["loss"], cpu)
+    optimizer, plain_optimizer = (torch.optim.AdamW(x.parameters(), lr=0.1, fused=True) for x in (layer, plain))
+    for factor in (1.0, math.nan, math.inf, large, 3.0):
         losses.append(layer(torch.ones(1, 4)).sum() * factor)
         scaler.scale(losses[-1]).backward()
         grad_norm = cmaev.optimizer_step(layer.parameters(), optimizer, scaler, dtype, max_norm)
         meter.add([losses[-1].detach()], grad_norm, torch.zeros(()))
-        weights.append(layer.weight.detach().clone())
-    assert all(torch.equal(weights[0], weights[i]) for i in (1, 2, 3)) and not torch.equal(weights[3], weights[4])
+        if factor in (1, 3):
+            plain_optimizer.zero_grad()
+            (plain(torch.ones(1, 4)).sum() * factor).backward()
+            norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_norm or math.inf)
+            plain_optimizer.step()
+            assert grad_norm == pytest.approx(norm)
+        torch.testing.assert_close(layer.state_dict(), plain.state_dict())
+        torch.testing.assert_close(optimizer.state_dict(), plain_optimizer.state_dict())
     record = meter.read(5, 1, 1, 1)
     assert record["skipped_steps"] == 3 and record["loss"] == pytest.approx((losses[0] + losses[4]).item() / 2)
     assert scaler.get_scale() == (2**13 if dtype else 1)
-
-
-@pytest.mark.parametrize("dtype", [None, torch.float16])
-@pytest.mark.parametrize("max_norm", [0.0, 0.5, 9.0])
-def test_gradients_are_clipped_as_torch_clips_them(dtype, max_norm):
-    layer, scaler, cpu = torch.nn.Linear(4, 1), cmaev.grad_scaler(dtype, torch.device("cpu")), torch.randn(3, 4)
-    plain = deepcopy(layer)
-    plain(cpu).sum().backward()
-    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_norm or math.inf)
-    torch.optim.SGD(plain.parameters(), lr=1.0).step()
-    scaler.scale(layer(cpu).sum()).backward()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-    assert cmaev.optimizer_step(layer.parameters(), optimizer, scaler, dtype, max_norm) == pytest.approx(norm)
-    torch.testing.assert_close(layer.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("before, after, scale", [
@@ -2452,11 +2455,10 @@ def test_faults_torn_lines(tmp_path, undisturbed):
     """In the list of bad videos they are passed over, in a log they are removed or named."""
     bad, log = tmp_path / "bad.jsonl", tmp_path / "log.jsonl"
     bad.write_bytes(b'{"path": "a.m\n\n[]\n\xff\0\n{"reason": "b.mp4"}\n')
-    for _ in range(2):
-        for name in ("a.mp4", "b.mp4"):
-            cmaev.log_bad_video(name, f"{name}: bad", bad)
-    assert [json.loads(line)["path"] for line in bad.read_bytes().splitlines()[-2:]] == ["a.mp4", "b.mp4"]
-    assert len(bad.read_bytes().splitlines()) == 7
+    for name in 2 * ("a.mp4", "b.mp4"):
+        cmaev.log_bad_video(name, f"{name}: bad", bad)
+    lines = bad.read_bytes().splitlines()
+    assert [json.loads(line)["path"] for line in lines[5:]] == ["a.mp4", "b.mp4"]
     good = (undisturbed / "log.jsonl").read_text().splitlines(keepends=True)
     log.write_text("".join(good) + good[0][:9])
     assert cmaev.read_log(tmp_path) == cmaev.read_log(undisturbed)
@@ -2468,30 +2470,24 @@ def test_faults_torn_lines(tmp_path, undisturbed):
 
 @pytest.fixture(scope="module")
 def spoilt(demo, wrong):
-    """Files made from good ones in eight ways (absurd durations and sizes, too); some still play. mixed.txt lists them
+    """Files made from good ones in seven ways (absurd durations and sizes, too); some still play. mixed.txt lists them
     in front of the good ones."""
-    rng, folder, spoilt = np.random.default_rng(0), demo.parent / "spoilt", [wrong / "audio.mp4"]
-    folder.mkdir()
+    rng, spoilt = np.random.default_rng(0), [wrong / "audio.mp4", wrong / "text.mp4", demo.parent / "zeros.mp4"]
+    spoilt[2].write_bytes(bytes(5000))
     good = [write_noise(demo.parent / name, codec) for name, codec in (
         ("x.mkv", "libx264"), ("x.avi", "libx264"), ("x.webm", "libvpx"))]
     good += [Path(path) for path, _ in cmaev.read_list(demo / "train.txt")]
-
-    def overwrite(data, start, new):
-        return data[:start] + new + data[start + len(new):]
-
-    def overwrite_box(data, kind, offset, new):
-        return overwrite(data, data.index(kind) + offset, new) if kind in data else data
     for i in range(300 if LONG else 60):
-        source, suffixes = good[i % len(good)], (".avi", ".webm", ".ts")
+        source = good[i % len(good)]
         data = source.read_bytes()
-        flips, at, third = np.zeros(len(data), np.uint8), rng.integers(len(data)), len(data) // 3
-        flips[rng.integers(0, len(data), 30)] = 1 << rng.integers(8)
-        spoilt.append(folder / f"{i:03d}{suffixes[i % 3] if i % 8 == 3 else source.suffix}")
+        at, flipped = rng.integers(len(data)), np.frombuffer(data, np.uint8).copy()
+        flipped[rng.integers(0, len(data), 30)] ^= np.uint8(1 << rng.integers(8))
+        suffix = [".avi", ".webm", ".ts"][i % 3] if i % 7 == 0 else source.suffix  # the content stays
+        spoilt.append(demo.parent / f"spoilt-{i}{suffix}")
         spoilt[-1].write_bytes([
-            data[:at], (np.frombuffer(data, np.uint8) ^ flips).tobytes(), overwrite(data, at, bytes(2000)), data,
-            (b"", b"no video\n" * 99, bytes(5000))[i // 8 % 3], overwrite_box(data, b"mvhd", 20, b"\xff" * 4),
-            overwrite_box(overwrite_box(data, b"tkhd", 80, b"\xff" * 8), b"stsd", 44, b"\xff" * 4),
-            overwrite(data, third, rng.bytes(len(data) - third))][i % 8])
+            data, data[:at], data[:at] + rng.bytes(len(data) - at), data[:at] + bytes(2000) + data[at + 2000:],
+            flipped.tobytes(), re.sub(rb"(?s)(mvhd.{16}).{4}", rb"\1" + 4 * b"\xff", data),
+            re.sub(rb"(?s)(tkhd.{76}|stsd.{40}).{4}", rb"\1" + 4 * b"\xff", data)][i % 7])
     write_list(demo.parent / "mixed.txt", [(path, None) for path in [*spoilt, *(good * (8 if LONG else 1))]])
     return spoilt
 
@@ -2502,21 +2498,20 @@ def test_faults_bad_videos_are_replaced(demo, spoilt, tmp_path):
     clips.videos, clips.log = cmaev.read_list(demo.parent / "mixed.txt"), log
     gc.collect()
     gc.disable()  # reference cycles are not freed
-    for _ in range(3):
-        for i in range(len(spoilt)):
-            began = time.monotonic()
-            clips[0, i]
-            times.append(time.monotonic() - began)
-        used.append(usage())
+    for i in (60 if LONG else 3) * [*range(len(spoilt))]:
+        began = time.monotonic()
+        clips[0, i]
+        times.append(time.monotonic() - began)
+        if i == len(spoilt) - 1:
+            used.append(usage())
     gc.enable()
-    (memory, files), _, (later_memory, later_files) = used
+    memory, files = zip(*used)
     reasons = {line["path"]: line["reason"] for line in map(json.loads, log.open())}
-    print(f"{len(reasons)} of {len(spoilt)} bad, slowest {max(times):.2f} s, memory {memory} to {later_memory} MiB")
-    assert later_memory < memory + 30 and files == later_files and max(times) < 10
+    print(f"{len(reasons)} of {len(spoilt)} bad, slowest {max(times):.2f} s, memory {memory} MiB")
+    assert memory[-1] < memory[0] + 30 and len(set(files)) == 1 and max(times) < 10
     assert len(spoilt) // 4 <= len(reasons) == len(log.open().readlines())
     assert all(path in reason for path, reason in reasons.items())
-    first = next(i for i, (path, _) in enumerate(clips.videos) if path in reasons)
-    one, two = clips[1, first], clips[1, first]
+    one, two = clips[1, 0], clips[1, 0]
     assert all(torch.equal(one[name], two[name]) for name in one) and one["replaced"].all()
     gone = Path(shutil.copy(clips.videos[-1][0], tmp_path / "gone.mp4"))
     clips.videos = [(str(gone), None), *clips.videos[-8:]]
@@ -2525,41 +2520,42 @@ def test_faults_bad_videos_are_replaced(demo, spoilt, tmp_path):
     assert clips[0, 0]["replaced"].all() and clips[0, 0]["video"] > 0 and "no such file" in log.open().readlines()[-1]
 
 
-def test_faults_bad_videos_are_named_once_counted_and_limited(demo, spoilt, tmp_path, capfd):
-    listed, log = demo.parent / "mixed.txt", tmp_path / "again.jsonl"
-    usual = "--data", listed, "--epochs", 2, "--workers", 2
+def test_faults_bad_videos_are_named_once_counted_and_limited(demo, spoilt, tmp_path, capsys):
+    """With processes, without, and in micro-batches."""
+    listed, log = tmp_path / "some.txt", tmp_path / "again.jsonl"
+    write_list(listed, cmaev.read_list(demo.parent / "mixed.txt")[::3])
+    usual = "--data", listed, "--encoder", "vit_test", "--epochs", 2, "--workers"
     command = lambda out, *more: pretraining(demo, tmp_path / out, *usual, *more)
     paths_in = lambda file: [json.loads(line)["path"] for line in file.open()]
-    assert run(pretrain, *command("all", "--bad-share", 1)) is None
-    output, named = capfd.readouterr().out, paths_in(tmp_path / "all" / "bad-videos.jsonl")
-    assert len(named) == len(set(named)) == output.count("bad video: ") > 5
+    assert run(pretrain, *command("all", 2, "--bad-share", 1)) is None
+    output, named = capsys.readouterr().out, paths_in(tmp_path / "all" / "bad-videos.jsonl")
     clips = pretrain_clips(demo, seed=0, rate=4)
     clips.videos, clips.log = cmaev.read_list(listed), log
-    keys = sum(cmaev.batches(len(clips), 8, 2 * (len(clips) // 8), 0), [])
-    count = sum(bool(clips[key]["replaced"]) for key in keys)
-    assert cmaev.read_log(tmp_path / "all")[-1]["bad_clips"] == count > len(named) and set(named) == set(paths_in(log))
-    assert f"; {count} of {len(keys)} clips were of bad videos" in output
-    end = run(pretrain, *command("few"))
-    assert "clips were of bad videos" in end and end.endswith("or give a larger --bad-share")
-    assert run(pretrain, *command("few", "--bad-share", 1, "--workers", 0)) is None
+    steps = list(cmaev.batches(len(clips), 8, 2 * (len(clips) // 8), 0))
+    counts = np.cumsum([sum(bool(clips[key]["replaced"]) for key in step) for step in steps])
+    assert len(named) == len(set(named)) > 5 and set(named) == set(paths_in(log))
+    assert cmaev.read_log(tmp_path / "all")[-1]["bad_clips"] == counts[-1] > len(named)
+    assert f"; {counts[-1]} of {8 * len(steps)} clips were of bad videos" in output
+    end = run(pretrain, *command("few", 0, "--log-every", 1, "--micro-batch", 4))
+    too_many = np.argmax(counts > 0.05 * 8 * len(steps) // 2)
+    assert end.startswith(f"error: {counts[too_many]} of {8 * (too_many + 1)} clips were of bad videos")
+    assert end.endswith("or give a larger --bad-share")
+    assert run(pretrain, *command("few", 0, "--bad-share", 1)) is None
     assert_same_weights(tmp_path / "few", tmp_path / "all")
-    assert run(pretrain, *command("parts", "--bad-share", 1, "--workers", 0, "--micro-batch", 4)) is None
-    assert cmaev.read_log(tmp_path / "parts")[-1]["bad_clips"] == count
 
 
 def test_faults_a_bad_video_counts_as_wrong_in_testing(demo, tuned, wrong, tmp_path, capsys):
-    videos, right = cmaev.read_list(demo / "val.txt"), []
+    rows = (tuned / "predictions.csv").read_text().splitlines()[1:]
+    videos = [(row.split(",")[0], demo_videos.DEMO_CLASSES.index(row.split(",")[1])) for row in rows]
     holed = write_list(tmp_path / "holed.txt", [*videos, *((wrong / "audio.mp4", label) for label in range(10))])
-    for tests in (demo / "val.txt", holed):
-        assert run(finetune, *finetuning(demo, tuned, "--eval", "--val", tests)) is None
-        rows = (tuned / "eval-checkpoint-32-2x2" / "predictions.csv").read_text().splitlines()[1:]
-        rows = [row.split(",") for row in rows]
-        right.append([row[1] == row[2] for row in rows])
+    assert run(finetune, *finetuning(demo, tuned, "--eval", "--val", holed)) is None
+    report = (tuned / "eval-checkpoint-32-2x2" / "predictions.csv").read_text().splitlines()[1:]
+    right = [row.split(",")[1] == row.split(",")[2] for row in rows]
+    assert report[:10] == rows and all(",unreadable,," in row for row in report[10:])
     output = capsys.readouterr().out
-    assert right[1] == right[0] + 10 * [False] and "audio.mp4: has no" in output
-    assert f"top-1 {100 * np.mean(right[1]):.2f} %" in output and f"of {len(videos) + 10} videos" in output
+    assert "audio.mp4: has no" in output and f"top-1 {100 * sum(right) / 20:.2f} %" in output
     for probe in ("linear", "knn"):
-        probing = "--probe", probe, "--init", "none", "--data", holed, "--val", holed
+        probing = "--probe", probe, "--init", "none", "--data", holed, "--val", holed, "--segments", 1, "--crops", 1
         assert run(finetune, *finetuning(demo, tuned, *probing)) is None
     end = run(finetune, *finetuning(demo, tuned, "--predict", wrong / "audio.mp4"))
     assert end == "error: 1 of 1 files could not be read"
@@ -2571,34 +2567,32 @@ def test_faults_damaged_and_hostile_weights(undisturbed, tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
     data, file = bytearray((undisturbed / "encoder.pt").read_bytes()), tmp_path / "encoder.pt"
-    half, hostile = len(data) // 2, tmp_path / "hostile.pt"
+    half = len(data) // 2
     for damaged in (data[:half], data[:half] + bytes([data[half] ^ 1]) + data[half + 1:]):
         file.write_bytes(damaged)
         for read in (cmaev.read_weights, cmaev.load_tensors):
             with pytest.raises(cmaev.CMAEVError, match="cannot be read"):
                 read(file)
-    torch.save({"model": Payload()}, hostile)
-    with pytest.raises(cmaev.CMAEVError, match="hostile.pt cannot be read as weights"):
-        cmaev.load_encoder(hostile, small_encoder("vit"))
+    torch.save({"model": Payload()}, file)
+    with pytest.raises(cmaev.CMAEVError, match="encoder.pt cannot be read as weights"):
+        cmaev.load_encoder(file, small_encoder("vit"))
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("value, words", [
-    (math.nan, "blocks.0.mlp.fc1.weight holds NaN or inf"), (-math.inf, "blocks.0.mlp.fc1.weight holds NaN or inf"),
-    (3e38, "the model computes NaN or inf from clips that are fine")])
-def test_faults_weights_that_are_not_finite(demo, undisturbed, tuned, tmp_path, value, words):
+@pytest.mark.parametrize("values, words", [
+    ((math.nan, -math.inf), "blocks.0.mlp.fc1.weight holds NaN or inf"),
+    ((3e38, 3e38), "the model computes NaN or inf from clips that are fine")])
+def test_faults_weights_that_are_not_finite(demo, undisturbed, tuned, tmp_path, values, words):
     """The error is about the weights, not about the videos."""
-    for run_of, name in ((undisturbed, "encoder.pt"), (tuned, "checkpoint.pt")):
-        state = torch.load(run_of / name)
-        for weight in state["model"]:
-            if weight.endswith("blocks.0.mlp.fc1.weight"):
-                state["model"][weight][:] = value
-        torch.save(state, tmp_path / name)
+    for file, prefix, value in zip((undisturbed / "encoder.pt", tuned / "checkpoint.pt"), ("", "encoder."), values):
+        state = torch.load(file)
+        state["model"][f"{prefix}blocks.0.mlp.fc1.weight"][:] = value
+        torch.save(state, tmp_path / file.name)
     shutil.copy(tuned / "settings.json", tmp_path)
     init, out = ("--val", demo / "val.txt", "--init", tmp_path / "encoder.pt"), tmp_path / "out"
     commands = [(finetune, *finetuning(demo, out, *init, *more)) for more in (
         ("--features", out), ("--probe", "knn"))] + [(finetune, *finetuning(demo, tmp_path, "--eval"))]
-    if not math.isfinite(value):
+    if math.isnan(values[0]):
         commands += [(finetune, *finetuning(demo, out, *init)), (pretrain, *pretraining(demo, out, *init)),
                      (finetune, "--out", tmp_path, "--predict", demo / "val/left/00000.mp4")]
     for script, *arguments in commands:
@@ -2611,12 +2605,10 @@ def test_faults_full_disk(tmp_path):
     cmaev.save_checkpoint(tmp_path, 4, dict(model=model))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
-        with pytest.raises(cmaev.CMAEVError) as raised:
+        with pytest.raises(cmaev.CMAEVError, match="checkpoint.pt cannot be written .File too large.: free space"):
             cmaev.save_checkpoint(tmp_path, 8, dict(model=model))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    reason = "cannot be written (File too large): free space or give another"
-    assert str(raised.value) == f"{tmp_path}/checkpoint.pt {reason}"
     assert checkpoint_of(tmp_path)["step"] == 4 and not list(tmp_path.glob("*.partial"))
     with pytest.raises(cmaev.CMAEVError, match="No such file or directory.: free space or give another"):
         cmaev.save_checkpoint(tmp_path / "lost", 8, dict(model=model))
@@ -2657,51 +2649,20 @@ def test_faults_bounds_of_frames(tmp_path, monkeypatch):
 
 
 @takes_minutes
-def test_faults_a_lost_worker_of_four(demo, undisturbed):
-    """Two agents of torchrun on this machine: one worker is killed, the job goes on from its last checkpoint itself."""
-    folder = demo.parent / "lost"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=127.0.0.1:29517", "--rdzv_id=lost", "--max-restarts=2", HERE / "pretrain.py",
-               *pretraining(demo, folder, "--save-every", 1)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    agents = [subprocess.Popen(command, env=env) for _ in range(2)]
-    assert wait_for_log(folder, agents[0], 240)
-    os.kill(children(agents[1])[-1], signal.SIGKILL)
-    assert [agent.wait(600) for agent in agents] == [0, 0]
-    assert_same_but_for_rounding(folder, undisturbed)
-
-
-@takes_minutes
 def test_faults_long_run_stays_flat(demo, spoilt):
     """2,000 steps on good and bad videos: memory, open files and processes of the trainer and its workers."""
     log, rows = demo.parent / "flat" / "log.jsonl", []
-    process = start(pretrain, *pretraining(
-        demo, log.parent, "--data", demo.parent / "mixed.txt", "--bad-share", 1, "--workers", 2, "--batch-size", 2,
-        "--epochs", 10, "--frames", 2, "--size", 16, "--patch", 4, "--save-every", 500))
+    more = """--bad-share 1 --workers 2 --batch-size 2 --epochs 10 --frames 2 --size 16 --patch 4 --save-every 500"""
+    process = start(pretrain, *pretraining(demo, log.parent, "--data", demo.parent / "mixed.txt", *more.split()))
     for step in range(200, 2001, 200):
-        reached = lambda: log.exists() and f'"step": {step},' in log.read_text()
-        assert wait_for(reached, process, 600), process.stderr.read()
+        assert wait_for(lambda: log.exists() and f'"step": {step},' in log.read_text(), process, 600)
         pids = [process.pid, *children(process)]
         rows.append((*sum(map(usage, pids)), len(pids)))
-        print(step, *rows[-1])
     process.kill()
+    print(rows)
     memory, files, processes = zip(*rows)
     assert memory[-1] < 1.03 * memory[1] and len(set(processes)) == 1
     assert np.mean(files[5:]) < np.mean(files[:5]) + 5  # samples in flight open and close files
-
-
-@takes_minutes
-def test_faults_reading_stays_flat(demo, spoilt):
-    """20,000 samples of good and bad videos read in one process, as a worker reads them in weeks."""
-    clips, used = pretrain_clips(demo), []
-    clips.videos = cmaev.read_list(demo.parent / "mixed.txt")
-    for i in range(20_000):
-        clips[divmod(i, len(clips))]
-        if i % 5_000 == 4_999:
-            used.append(usage())
-    memory, files = zip(*used)
-    print(f"memory {memory} MiB, open files {files}")
-    assert memory[-1] - memory[0] < 15 and len(set(files)) == 1
 
 
 # A GPU ---------------------------------------------------------------------------------------------------------------
