@@ -1,11 +1,12 @@
-"""Fine-tunes a pre-trained encoder for action recognition; probes the encoder; evaluates and applies the classifier.
+"""Fine-tunes a pre-trained encoder for action recognition; probes it; evaluates and applies the classifier.
 
-    python finetune.py                                                   the demo, from the run of `python pretrain.py`
-    python finetune.py --probe linear                                    frozen features; or --probe knn
-    python finetune.py --eval --segments 5 --crops 3                     evaluates the run in --out
-    python finetune.py --predict clip.mp4                                the five best classes of a video
+    python finetune.py                                   the demo, from the run of `python pretrain.py`
+    python finetune.py --init runs/mine --data mine --out runs/tuned    with the recipe and sizes of runs/mine
+    python finetune.py --probe linear                    frozen features; or --probe knn
+    python finetune.py --eval --segments 5 --crops 3     evaluates the run in --out
+    python finetune.py --predict clip.mp4                the five best classes of a video
     python finetune.py --features out.npz --data list.txt --init encoder.pt
-    torchrun --standalone --nproc_per_node=8 finetune.py --recipe k400 --data train.txt --val val.txt --init encoder.pt
+    torchrun --standalone --nproc_per_node=8 finetune.py --recipe k400 --data train.txt --val val.txt
 
 The same command run again continues from the last checkpoint. --help lists the settings of a recipe.
 """
@@ -21,112 +22,87 @@ import time
 from pathlib import Path
 
 import cmaev  # before torch: it sets how OpenMP's threads wait
+from cmaev import CMAEVError, print0
 from pretrain import add_shared_settings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 # What differs from the flags' defaults: the paper's and VideoMAE's for K400 and SSv2, ours for the demo
 COMMON = dict(warmup_epochs=5, lr=5e-4, min_lr=1e-6, beta2=0.999)
 RECIPES = {
     "demo": COMMON | dict(
-        data="data/demo/train.txt", val="data/demo/val.txt", out="runs/finetune-demo", init="runs/pretrain-demo",
-        encoder="vit_tiny", frames=8, size=56, patch=8, repeats=1, smallest_crop=0.5, flip=False, rand_augment=False,
-        erasing=0.0, mixup=0.0, cutmix=0.0, segments=1, crops=1, epochs=20, warmup_epochs=2, batch_size=16, lr=1.6e-2,
-        log_every=25, save_every=100),
-    "small": COMMON | dict(out="runs/finetune-small", init="runs/pretrain-small", encoder="vit_small", size=112,
-                           patch=8, epochs=75, batch_size=128, micro_batch=16),
+        data="data/demo/train.txt", val="data/demo/val.txt", out="runs/finetune-demo",
+        init="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=56, patch=8, repeats=1,
+        smallest_crop=0.5, flip=False, rand_augment=False, erasing=0.0, mixup=0.0, cutmix=0.0, segments=1,
+        crops=1, epochs=20, warmup_epochs=2, batch_size=16, lr=1.6e-2, log_every=25, save_every=100),
+    "small": COMMON | dict(out="runs/finetune-small", init="runs/pretrain-small", encoder="vit_small",
+                           size=112, patch=8, epochs=75, batch_size=128, micro_batch=16),
     "k400": COMMON | dict(out="runs/finetune-k400", init="runs/pretrain-k400", epochs=75, batch_size=384),
     "ssv2": COMMON | dict(out="runs/finetune-ssv2", init="runs/pretrain-ssv2", sampling="uniform", flip=False,
                           segments=2, epochs=50, batch_size=512),
 }
+SIZES = {"encoder", "frames", "size", "tubelet", "patch", "fusion"}  # told by the weights of --init
 MACHINE = {"compile", "workers", "log_every", "save_every"}
-FREE = MACHINE | {"micro_batch", "bad_share", "segments", "crops", "val", "val_every", "eval", "predict", "features",
-                  "best", "overridden"}  # may change when a run continues
+FREE = MACHINE | {"micro_batch", "bad_share", "segments", "crops", "val", "val_every", "eval", "predict",
+                  "features", "best", "overridden"}  # may change when a run continues
 
 
-# =====================================================================================================================
-# Labelled clips
-# =====================================================================================================================
-
+# Labelled videos --------------------------------------------------------------------------------------------
 
 def read_labelled(path, flag):
-    """read_list for labelled videos -> [(path, label)]. Raises CMAEVError for an empty path or a missing label."""
+    """read_list -> [(path, class)]; a class is a label of the list, or the name of a class folder.
+
+    Raises CMAEVError for no path and for a missing label.
+    """
     if not path:
-        raise cmaev.CMAEVError(f"--{flag} is not given: name a list (`path label` per line) or class folders")
+        raise CMAEVError(f"--{flag} is not given: name a list (`path label` per line) or class folders")
     videos = cmaev.read_list(path)
     for video, label in videos:
         if label is None or label < 0:
-            what = "no label" if label is None else f"label {label}"
-            raise cmaev.CMAEVError(f"{path}: {video} has {what}: give 0, 1, 2, ..., or a folder per class")
+            raise CMAEVError(f"{path}: {video} has label {label}: give 0, 1, 2, ..., or a folder per class")
+    if os.path.isdir(path):
+        return [(video, os.path.relpath(video, path).split(os.sep)[0]) for video, _ in videos]
     return videos
-
-
-def class_folder(video, root):
-    """The class folder of a video of read_list(root): the first folder below the root."""
-    return os.path.relpath(video, root).split(os.sep)[0]
 
 
 def class_names(videos, source="", file=""):
-    """The names of classes 0, 1, ... of the labelled videos of a list or folder `source`.
+    """The classes of read_labelled's videos of a list or folder `source` -> {class: name}, sorted.
 
-    `file`, in UTF-8, holds one name per line. Without it, a name is the class folder or, in a list, the folder
-    that holds the videos, if each class has its own; else the label. Raises CMAEVError for a label without a name
-    of its own and, without a file, for a class between 0 and the largest that has no video.
+    The names are the lines of `file` (--names), or the class folders; in a list the folders that hold the
+    videos, if each class has its own, else the labels. Raises CMAEVError for a label without a line of its own.
     """
+    classes = sorted({label for _, label in videos})
+    if os.path.isdir(source):
+        if file:
+            raise CMAEVError("--names is for lists: a folder's classes are its class folders")
+        return {folder: folder for folder in classes}
     if file:
-        if os.path.isdir(source):
-            raise cmaev.CMAEVError("--names is for lists: a folder's classes are its class folders")
-        if not os.path.isfile(file):
-            raise cmaev.CMAEVError(f"--names {file}: no such file: give a text file, one name per line")
         text = Path(file).read_text(encoding="utf-8-sig", errors="replace")  # sig: skips a byte order mark
         names = [line.strip() for line in text.rstrip().split("\n")]
-        for i, name in enumerate(names):
-            if not name or {"\ufffd", "\0"} & set(name) or name in names[:i]:
-                raise cmaev.CMAEVError(f"{file}, line {i + 1}: {name!r:.60} is empty, not UTF-8, or there twice: give "
-                                       "each label a name of its own")
-        if (largest := max(label for _, label in videos)) >= len(names):
-            raise cmaev.CMAEVError(f"{file} has {len(names)} names, but {source} has label {largest}: give a name per "
-                                   "line, label 0 first")
-        return names
+        if len(set(names) - {""}) < max(len(names), classes[-1] + 1) or {"\ufffd", "\0"} & set(text):
+            raise CMAEVError(f"{file} has {len(names)} lines: give each label, 0 to {classes[-1]}, a name of "
+                             "its own, one per line, in UTF-8")
+        return dict(enumerate(names))
     folders = {}
     for path, label in videos:
-        folder = class_folder(path, source) if os.path.isdir(source) else Path(path).parent.name
-        folders.setdefault(label, set()).add(folder)
-    if missing := [label for label in range(len(folders)) if label not in folders]:  # labels may be huge
-        raise cmaev.CMAEVError(f"class {missing[0]} of 0 to {max(folders)} has no video in the list: renumber them")
-    own = len(set.union(*folders.values())) == len(folders) and all(len(names) == 1 for names in folders.values())
-    return [folders[label].pop() if own else str(label) for label in range(len(folders))]
+        folders.setdefault(label, set()).add(Path(path).parent.name)
+    names = [folder for label in classes for folder in folders[label]]
+    if len(set(names)) == len(names) == len(classes):
+        return dict(zip(classes, names))
+    return {label: str(label) for label in classes}
 
 
-def read_test_videos(path, names, by_name):
-    """The labelled videos of --val under the training classes `names` -> [(path, label)].
-
-    Class folders are matched by name. The labels of a list count as they are; but where training had class folders
-    (`by_name`), a label that contradicts the class folder in its path is an error.
-    Raises CMAEVError for a class or label that training did not have.
-    """
-    videos, number = read_labelled(path, "val"), {name: i for i, name in enumerate(names)}
-    if os.path.isdir(path):
-        folders = [class_folder(video, path) for video, _ in videos]
-        if unknown := sorted(set(folders) - set(names)):
-            raise cmaev.CMAEVError(f"{path}: class folders {', '.join(unknown)} are none of the training classes "
-                                   f"{', '.join(names)}: rename or remove them")
-        return [(video, number[folder]) for (video, _), folder in zip(videos, folders)]
+def numbered(videos, classes, path):
+    """Numbers the classes of read_labelled(path) -> [(path, its place in `classes`)]. Raises CMAEVError."""
+    number = {label: i for i, label in enumerate(classes)}
     for video, label in videos:
-        if label >= len(names):
-            raise cmaev.CMAEVError(f"{path}: {video} has label {label}: give 0 to {len(names) - 1}, the classes of the "
-                                   "training list")
-        below = os.path.relpath(video, os.path.dirname(path)).split(os.sep)[-2::-1]  # folders, from the video upwards
-        named = next((folder for folder in below if folder in number), names[label])
-        if by_name and named != names[label]:
-            raise cmaev.CMAEVError(f"{path}: {video} has label {label}, which is {names[label]} in training, but its "
-                                   f"folder is {named}: number the classes as in training, or give a folder for --val")
-    return videos
+        if label not in number:
+            raise CMAEVError(f"{path}: {video} is of class {label}: training has {classes[0]} to {classes[-1]}")
+    return [(video, number[label]) for video, label in videos]
 
 
 def hold_out(videos, seed):
@@ -140,92 +116,131 @@ def hold_out(videos, seed):
     return [v for i, v in enumerate(videos) if i not in tests], [videos[i] for i in sorted(tests)]
 
 
+def read_classes(s):
+    """Reads --data, --val, --subset -> training videos, test videos, names, what settings.json stores."""
+    videos, held_out = read_labelled(s.data, "data"), []
+    if not s.val:
+        videos, held_out = hold_out(videos, s.seed)
+        if not held_out:
+            raise CMAEVError(f"{s.data} has one video per class: give --val, videos to test on")
+        print0(f"no --val: {len(held_out)} of the {len(videos) + len(held_out)} videos of {s.data}, a tenth of "
+               f"each class drawn by --seed {s.seed}, are held out to test on")
+    names = class_names(videos + held_out, s.data, s.names)
+    classes, names = list(names), list(names.values())
+    videos = cmaev.subset(numbered(videos, classes, s.data), s.subset, s.seed)
+    held_out = numbered(held_out, classes, s.data)
+    tests = held_out or numbered(read_labelled(s.val, "val"), classes, s.val)
+    cmaev.check_readable(videos)
+    cmaev.check_readable(tests)
+    return videos, tests, names, dict(names=names, classes=classes, held_out=held_out)
+
+
+# Clips ------------------------------------------------------------------------------------------------------
+
+def dense_indices(num_frames, frames, rate, start):
+    """Every rate-th frame, int64 [frames]. The last one of a shorter video repeats [VideoMAE]."""
+    return (start + rate * torch.arange(frames)).clamp(max=num_frames - 1)
+
+
 def uniform_indices(num_frames, frames, offset):
-    """One frame from each of `frames` equal segments [TSN]; `offset` in [0, 1), one or [frames], places it inside."""
+    """A frame of each of `frames` equal parts [TSN]; `offset` in [0, 1), one or [frames], places it there."""
     return ((torch.arange(frames) + offset) * num_frames / frames).long().clamp(max=num_frames - 1)
 
 
-class LabelledClips(cmaev.VideoClips):
-    """Labelled clips for fine-tuning and testing.
+def read_clips(video, indices):
+    """Reads clips, a list of indices [T], of a Video or its frames [n, H, W, 3] -> [clips, T, 3, H, W]."""
+    indices = torch.stack(indices)
+    frames = video[indices.flatten()] if torch.is_tensor(video) else video.read(indices.flatten())
+    return frames.unflatten(0, indices.shape).movedim(-1, 2)
 
-    `sampling` is "dense" (a stride of `rate`, K400) or "uniform" (one frame per segment, SSv2). For training, `augment`
-    is a transform of uint8 [T, 3, H, W] and `repeats` clips come out of one opened video [repeated sampling], with
-    frames of their own [choice] (VideoMAE augments the same ones twice). Without `augment`, the clips are the test
-    views: segments x crops, crops along the long side.
-    dataset[epoch, index], V clips:
-        clip      uint8 [V, T, 3, S, S]   black where a test video cannot be read
-        label     int64 [V]
-        index     int64 [V]
-        replaced  bool [V]                whether another video or black takes the place of a bad one
+
+class TrainClips(cmaev.VideoClips):
+    """Labelled clips for fine-tuning: `repeats` of each opened video [repeated sampling].
+
+    Each has frames of its own [choice]; VideoMAE augments the same ones twice. `sampling`: "dense" (a stride
+    of `rate`, K400) or "uniform" (one frame per part, SSv2). `augment`: uint8 [T, 3, H, W] -> [T, 3, S, S].
+    dataset[epoch, index], R = repeats -> clip uint8 [R, T, 3, S, S], label int64 [R], replaced (VideoClips).
     """
 
-    def __init__(self, videos, frames, rate, size, sampling, augment=None, repeats=1, segments=1, crops=1, seed=0,
-                 log=None):
+    def __init__(self, videos, frames, rate, sampling, augment, repeats=1, seed=0, log=None):
         super().__init__(videos, seed, log)
-        if sampling not in ("dense", "uniform"):
-            raise cmaev.CMAEVError(f"no sampling {sampling!r}: give 'dense' or 'uniform'")
-        self.frames, self.rate, self.size, self.sampling, self.augment = frames, rate, size, sampling, augment
-        self.repeats, self.segments, self.crops = repeats, segments, crops
-        if not augment:
-            self.attempts = 1
+        self.frames, self.rate, self.sampling = frames, rate, sampling
+        self.augment, self.repeats = augment, repeats
+
+    def frame_indices(self, num_frames):
+        """Draws the frames of each clip -> list of int64 [T]."""
+        if self.sampling == "uniform":
+            offsets = [torch.rand(self.frames) for _ in range(self.repeats)]
+            return [uniform_indices(num_frames, self.frames, offset) for offset in offsets]
+        last = max(num_frames - 1 - (self.frames - 1) * self.rate, 0)
+        starts = torch.randint(last + 1, (self.repeats,)).tolist()
+        return [dense_indices(num_frames, self.frames, self.rate, start) for start in starts]
 
     def sample(self, video, label, index, generator):
-        """`video`: a Video, or all of its frames, uint8 [n, H, W, 3]."""
-        indices = torch.stack(self.frame_indices(len(video)))
-        frames = video[indices.flatten()] if torch.is_tensor(video) else video.read(indices.flatten())
-        clips = frames.unflatten(0, indices.shape).movedim(-1, 2)  # [V, T, 3, H, W]
-        to_views = (lambda clip: [self.augment(clip)]) if self.augment else self.test_crops
-        return self.labelled(torch.stack([view for clip in clips for view in to_views(clip)]), label, index)
+        clips = [self.augment(clip) for clip in read_clips(video, self.frame_indices(len(video)))]
+        return dict(clip=torch.stack(clips), label=torch.full((len(clips),), label))
+
+
+class TestViews(cmaev.VideoClips):
+    """Test views: `segments` clips over time, `crops` crops of each along its long side.
+
+    `sampling`: see TrainClips. dataset[0, index], V = segments * crops -> clip uint8 [V, T, 3, S, S];
+    replaced, bool [V]: the video cannot be read, the clips are black.
+    """
+
+    attempts = 1
+
+    def __init__(self, videos, frames, rate, size, sampling, segments=1, crops=1):
+        super().__init__(videos)
+        if sampling not in ("dense", "uniform"):
+            raise CMAEVError(f"no sampling {sampling!r}: give 'dense' or 'uniform'")
+        self.frames, self.rate, self.size, self.sampling = frames, rate, size, sampling
+        self.segments, self.crops = segments, crops
 
     def __getitem__(self, key):
         try:
             return super().__getitem__(key)
         except cmaev.BadVideo:
-            if self.augment:
-                raise
-        num_views, index = self.segments * self.crops, key[1]
-        black = torch.zeros(num_views, self.frames, 3, self.size, self.size, dtype=torch.uint8)
-        sample = self.labelled(black, self.videos[index][1], index)
-        return sample | {"replaced": torch.ones(num_views, dtype=torch.bool)}
-
-    def labelled(self, clips, label, index):
-        return {"clip": clips, "label": torch.full((len(clips),), -1 if label is None else label),
-                "index": torch.full((len(clips),), index)}
+            black = torch.zeros(self.segments * self.crops, self.frames, 3, self.size, self.size)
+            return dict(clip=black.byte(), replaced=torch.ones(len(black), dtype=torch.bool))
 
     def frame_indices(self, num_frames):
-        """Draws `repeats` clips or, in testing, places `segments` clips evenly -> list of int64 [T].
+        """Places the clips evenly [VideoMAE], a single one in the middle -> list of int64 [T].
 
-        Test clips [VideoMAE]: dense, from the first to the last start, rounded down (VideoMAE's are multiples of
-        the rate); uniform, at 0, 1 / segments, 2 / segments, ... of each part. A single clip: the middle.
-        The last frame of a video shorter than a dense clip repeats [VideoMAE].
+        Dense: from the first to the last start, rounded down (VideoMAE's are multiples of the rate). Uniform:
+        at 0, 1 / segments, 2 / segments, ... of each part.
         """
         n = self.segments
-        if self.sampling == "dense":
-            last = max(num_frames - 1 - (self.frames - 1) * self.rate, 0)
-            starts = [k * last // (n - 1) for k in range(n)] if n > 1 else [(last + 1) // 2]
-            if self.augment:
-                starts = torch.randint(last + 1, (self.repeats,)).tolist()
-            return [(start + self.rate * torch.arange(self.frames)).clamp(max=num_frames - 1) for start in starts]
-        offsets = [k / n for k in range(n)] if n > 1 else [0.5]
-        if self.augment:
-            offsets = [torch.rand(self.frames) for _ in range(self.repeats)]
-        return [uniform_indices(num_frames, self.frames, offset) for offset in offsets]
+        if self.sampling == "uniform":
+            offsets = [k / n for k in range(n)] if n > 1 else [0.5]
+            return [uniform_indices(num_frames, self.frames, offset) for offset in offsets]
+        last = max(num_frames - 1 - (self.frames - 1) * self.rate, 0)
+        starts = [k * last // (n - 1) for k in range(n)] if n > 1 else [(last + 1) // 2]
+        return [dense_indices(num_frames, self.frames, self.rate, start) for start in starts]
 
-    def test_crops(self, clip):
-        """Short side to S, then crops of S x S evenly along the long side, one in its middle: [T, 3, H, W] -> list."""
-        clip = v2.functional.resize(clip, [self.size], antialias=True)
-        room = [side - self.size for side in clip.shape[2:]]
-        k_of_n = [(k, self.crops - 1) for k in range(self.crops)] if self.crops > 1 else [(1, 2)]
-        corners = [[k * free // n for free in room] for k, n in k_of_n]  # rounded down [VideoMAE]
-        return [clip[..., top:top + self.size, left:left + self.size] for top, left in corners]
+    def sample(self, video, label=None, index=0, generator=None):
+        views = []
+        for clip in read_clips(video, self.frame_indices(len(video))):
+            clip = v2.functional.resize(clip, [self.size], antialias=True)  # the short side
+            room = [side - self.size for side in clip.shape[2:]]
+            for k in range(self.crops):
+                step, steps = (k, self.crops - 1) if self.crops > 1 else (1, 2)  # a single one: the middle
+                top, left = [step * free // steps for free in room]  # rounded down [VideoMAE]
+                views.append(clip[..., top:top + self.size, left:left + self.size])
+        return dict(clip=torch.stack(views))
+
+
+def test_views(s, videos):
+    """The test views of the settings."""
+    return TestViews(videos, s.frames, s.rate, s.size, s.sampling, s.segments, s.crops)
 
 
 def training_augmentation(size, smallest_crop, flip, rand_augment, erasing):
-    """VideoMAE's augmentation for fine-tuning by torchvision, one draw per clip: uint8 [T, 3, H, W] -> [T, 3, S, S].
+    """VideoMAE's augmentation by torchvision, one draw per clip: uint8 [T, 3, H, W] -> [T, 3, S, S].
 
     [choice] timm's rand-m7-n4-mstd0.5-inc1 skips each operation half of the time and varies its strength;
-    torchvision applies all four at strength 7 of 10, posterises to 5 bits instead of 2, has Identity instead of
-    Invert and SolarizeAdd, and interpolates bilinearly, not bicubically. timm erases with noise, ours with a colour.
+    torchvision applies all four at strength 7 of 10, posterises to 5 bits instead of 2, has Identity instead
+    of Invert and SolarizeAdd. timm interpolates bicubically and erases with noise.
     """
     mean = [round(255 * m) for m in cmaev.MEAN]
     operations = v2.RandAugment(num_ops=4, magnitude=7, num_magnitude_bins=11, fill=mean,
@@ -239,9 +254,9 @@ def training_augmentation(size, smallest_crop, flip, rand_augment, erasing):
 
 
 def mixing(mixup, cutmix, classes):
-    """Mixup and cutmix with these alphas (0: without), one of the two per micro-batch -> a function:
+    """Mixup and cutmix with these alphas (0: without), one of the two and one lambda per micro-batch [timm].
 
-    clips [B, ..., H, W], labels int64 [B] -> mixed clips, soft labels [B, classes]. One lambda per micro-batch [timm].
+    Returns a function: clips [B, 3, T, H, W], labels int64 [B] -> mixed clips, soft labels [B, classes].
     """
     chosen = [transform(alpha=alpha, num_classes=classes)
               for transform, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
@@ -250,58 +265,49 @@ def mixing(mixup, cutmix, classes):
     either = v2.RandomChoice(chosen)
 
     def mix(clips, labels):
-        clips, labels = either(tv_tensors.Video(clips), labels)
-        return clips.as_subclass(torch.Tensor), labels
+        images, labels = either(clips.flatten(1, 2), labels)  # torchvision takes [B, channels, H, W]
+        return images.view_as(clips), labels
     return mix
 
 
-# =====================================================================================================================
-# Classifier and probes
-# =====================================================================================================================
-
+# Classifier -------------------------------------------------------------------------------------------------
 
 class Classifier(nn.Module):
     """Mean of all tokens, LayerNorm, linear head [VideoMAE]: clip [B, 3, T, H, W] -> logits [B, classes].
 
-    `fc_norm` replaces the encoder's final norm. `build` sets `names` and `test_clips`, which `predict` needs.
+    `fc_norm` replaces the encoder's final norm. `names`: of the classes; `views`: TestViews, for `predict`.
     """
 
-    def __init__(self, encoder, classes):
+    def __init__(self, encoder, names, views=None):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.names, self.views = encoder, names, views
         self.encoder.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6)
-        self.head = nn.Linear(encoder.width, classes)
+        self.head = nn.Linear(encoder.width, len(names))
         nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)  # init_scale .001 [VideoMAE]
         nn.init.zeros_(self.head.bias)
 
     def forward(self, clip):
         return self.head(self.fc_norm(self.encoder(clip).mean(dim=1)))
 
-    def head_state(self):
-        """The state dict without the encoder."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
-
     @torch.no_grad()
     def predict(self, video):
         """Classifies a video -> [(class name, probability)], the best first.
 
-        `video`: a path; all frames of a video, uint8 [n, H, W, 3], a tensor or an array; or a list of these, for
-        a list of results. Raises BadVideo for a file that cannot be read, CMAEVError for other frames.
+        `video`: a path, or all frames of a video, uint8 [n, H, W, 3], a tensor or an array. Raises BadVideo
+        for a file that cannot be read, CMAEVError for other frames.
         """
-        if isinstance(video, (list, tuple)):
-            return [self.predict(each) for each in video]
-        if not isinstance(video, (str, os.PathLike)):
-            frames = np.ascontiguousarray(video)  # torch takes no reversed channels
-            if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
-                got = f"{frames.dtype} {list(frames.shape)}"
-                raise cmaev.CMAEVError(f"{got}: give a path, or all frames of a video, uint8 [n, H, W, 3]")
-            views = self.test_clips([]).sample(torch.from_numpy(frames), None, 0, None)["clip"]
+        if isinstance(video, (str, os.PathLike)):
+            sample = self.views.read_sample(video, None, 0)
         else:
-            views = self.test_clips([]).read_sample(video, None, 0)["clip"]
-        scores = self(cmaev.normalize(views.to(self.head.weight.device))).softmax(dim=1).mean(dim=0)
-        best = scores.argsort(descending=True).tolist()
-        return [(self.names[i], float(scores[i])) for i in best]
+            frames = torch.from_numpy(np.ascontiguousarray(video))  # torch takes no reversed channels
+            if frames.dtype != torch.uint8 or frames.shape[3:] != (3,) or len(frames) == 0:
+                raise CMAEVError(f"{frames.dtype} {list(frames.shape)}: give a path, or a video's frames, uint8 "
+                                 "[n, H, W, 3]")
+            sample = self.views.sample(frames)
+        clips = sample["clip"].to(self.head.weight.device)
+        scores = self(cmaev.normalize(clips)).softmax(dim=1).mean(dim=0)
+        return [(self.names[i], float(scores[i])) for i in scores.argsort(descending=True).tolist()]
 
 
 def build(s, names):
@@ -309,28 +315,22 @@ def build(s, names):
     torch.manual_seed(s.seed)
     encoder = cmaev.build_encoder(s.encoder, fusion=False, frames=s.frames, size=s.size, tubelet=s.tubelet,
                                   patch=s.patch, drop_path=s.drop_path)  # without fusion, as ConvMAE
-    model = Classifier(encoder, len(names))
-    model.names, model.test_clips = names, lambda videos: LabelledClips(
-        videos, s.frames, s.rate, s.size, s.sampling, segments=s.segments, crops=s.crops)
-    return model
+    return Classifier(encoder, names, test_views(s, []))
 
 
-def read_record(run, best=False, name=""):
-    """A run's settings.json and the path of its weights. Raises CMAEVError if it has none; `name`: the run's."""
-    weights = Path(run) / ("best.pt" if best else "checkpoint.pt")
-    path, record = Path(run) / "settings.json", {}
-    if weights.exists():
-        record = cmaev.parse_json(path.read_bytes(), path, "settings")
+def read_record(run, best=False):
+    """A run's settings.json and the path of its weights. Raises CMAEVError if it is no run of this script."""
+    weights, path = Path(run) / ("best.pt" if best else "checkpoint.pt"), Path(run) / "settings.json"
+    record = cmaev.parse_json(path.read_bytes(), path, "settings") if weights.exists() else {}
     if "names" not in record:
-        raise cmaev.CMAEVError(f"{name or run} holds no {weights.name} of finetune.py: fine-tune, or give another"
-                               " folder")
+        raise CMAEVError(f"{run} holds no {weights.name} of finetune.py: fine-tune, or give another folder")
     return record, weights
 
 
 def load(run, best=False, settings=None):
     """Loads the Classifier of a run of this script, on the CPU, in eval mode.
 
-    `best`: from best.pt, not checkpoint.pt. `settings`: in place of the run's, for example another number of views.
+    `best`: from best.pt, not checkpoint.pt. `settings`: in place of the run's, for example with other views.
     """
     record, weights = read_record(run, best)
     model = build(settings or argparse.Namespace(**record["settings"]), record["names"])
@@ -349,13 +349,80 @@ def layer_groups(model, weight_decay, layer_decay):
             for i, layer in enumerate(layers) for group in cmaev.decay_groups(layer, weight_decay)]
 
 
-def linear_probe(train, labels, test, classes, steps=500):
-    """Linear classifier on frozen features, after a batch norm without affine [MAE] -> scores of `test` [M, classes].
+# Scores -----------------------------------------------------------------------------------------------------
 
-    train [n, D], labels int64 [n], test [M, D]. Full-batch AdamW with a cosine schedule, without augmentation.
+@torch.no_grad()
+def score_videos(function, views, s, device):
+    """Applies function(clips [n, 3, T, H, W]) -> [n, C] to TestViews -> mean over each video's views [M, C].
+
+    Rank r takes the videos r, r + world, ...: each video once. The row of a video that cannot be read is NaN.
+    """
+    rows, dtype = [], cmaev.amp_dtype(s.amp, device)
+    per_rank = s.micro_batch or s.batch_size // cmaev.world_size()
+    batch = max(1, per_rank // (views.segments * views.crops))
+    batches = cmaev.loader(views, s.workers, device, batch_size=batch, sampler=cmaev.rank_indices(views))
+    for done, sample in enumerate(batches):
+        if done % 100 == 99:
+            print0(f"test views: batch {done} of {len(batches)}")
+        clips, bad = sample["clip"].to(device, non_blocking=True), sample["replaced"][:, 0]
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            results = function(cmaev.normalize(clips.flatten(0, 1)))
+        results = results.float().unflatten(0, clips.shape[:2]).mean(dim=1).cpu()
+        if not results[~bad].isfinite().all():
+            raise CMAEVError("the model computes NaN or inf from clips that are fine: give --amp none, else "
+                             "other weights")
+        results[bad] = math.nan
+        rows.extend(results.numpy())  # torch would send each row with its whole batch
+    ranks = cmaev.objects_of_ranks(rows)
+    return torch.from_numpy(np.stack([ranks[i % len(ranks)][i // len(ranks)] for i in range(len(views))]))
+
+
+def accuracy(model, views, s, device, folder=None):
+    """Top-1 and top-5 of a Classifier in per cent. With a folder the report is written and printed."""
+    model.eval()
+    scores = score_videos(lambda clips: model(clips).float().softmax(dim=1), views, s, device)
+    top1, top5 = report(scores, views.videos, model.names, folder if cmaev.this_rank() == 0 else None)
+    if folder:
+        print0(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(views)} videos, {s.segments} x {s.crops} views "
+               f"of {s.size} x {s.size}, {len(model.names)} classes (chance {100 / len(model.names):.2f} %); "
+               f"{folder} holds predictions.csv")
+    return top1, top5
+
+
+def report(scores, videos, names, folder):
+    """Scores [M, classes] of labelled videos -> top-1 and top-5 in per cent; writes to a folder, if given.
+
+    A row of NaN, a video that cannot be read, counts as wrong. predictions.csv holds path, label and the five
+    best classes with their probabilities; per-class.json holds each class's accuracy in per cent.
+    """
+    labels, read = torch.tensor([label for _, label in videos]), ~scores.isnan().any(dim=1)
+    best = scores.topk(min(5, scores.shape[1]), dim=1)
+    hits = (best.indices == labels[:, None]) & read[:, None]
+    top1, top5 = 100 * float(hits[:, 0].float().mean()), 100 * float(hits.any(dim=1).float().mean())
+    if folder is None:
+        return top1, top5
+    with cmaev.atomic_write(f"{folder}/predictions.csv") as file:
+        rows = csv.writer(file)
+        ranks = range(1, hits.shape[1] + 1)
+        rows.writerow(["path", "label", *(f"{what}{i}" for i in ranks for what in ("class", "p"))])
+        for (path, label), classes, values in zip(videos, best.indices.tolist(), best.values.tolist()):
+            row = [path, names[label]]
+            for i, p in zip(classes, values):
+                row += ["unreadable", ""] if math.isnan(p) else [names[i], f"{p:.4f}"]
+            rows.writerow(row)
+    with cmaev.atomic_write(f"{folder}/per-class.json") as file:
+        json.dump({names[i]: round(100 * float(hits[labels == i, 0].float().mean()), 2)
+                   for i in labels.unique().tolist()}, file, indent=1)
+    return top1, top5
+
+
+def linear_probe(train, labels, test, classes, steps=500):
+    """Linear classifier on frozen features, after a batch norm without affine [MAE] -> scores [M, classes].
+
+    train [n, D], labels int64 [n], test [M, D]. Full-batch AdamW with a cosine schedule, no augmentation.
     """
     if len(train) < 2:
-        raise cmaev.CMAEVError("a linear probe needs two or more training videos that can be read")
+        raise CMAEVError("a linear probe needs two or more training videos that can be read")
     width = train.shape[1]
     probe = nn.Sequential(nn.BatchNorm1d(width, affine=False, momentum=None), nn.Linear(width, classes))
     nn.init.zeros_(probe[1].weight)
@@ -372,178 +439,102 @@ def linear_probe(train, labels, test, classes, steps=500):
 def nearest_neighbours(train, labels, test, classes, k=20, temperature=0.07):
     """Weighted k-nearest-neighbour on frozen features [DINO] -> scores of `test` [M, classes].
 
-    Each of the k most similar (cosine) training videos votes for its class with weight exp(similarity / temperature).
+    Each of the k most similar (cosine) training videos votes for its class, by exp(similarity / temperature).
     """
     similarity, nearest = (F.normalize(test) @ F.normalize(train).T).topk(min(k, len(train)), dim=1)
     votes = F.one_hot(labels[nearest], classes) * ((similarity - 1) / temperature).exp()[..., None]
     return votes.sum(dim=1) / votes.sum(dim=(1, 2))[:, None]
 
 
-@torch.no_grad()
-def score_videos(function, clips, batch, workers, device):
-    """Applies function(clips [n, 3, T, H, W]) -> [n, C] to all views; returns the mean over each video's views [M, C].
-
-    Rank r takes the videos r, r + world, ...: each video once. The row of a video that cannot be read is NaN.
-    """
-    rows = {}
-    batches = cmaev.loader(clips, workers, device, batch_size=batch, sampler=cmaev.rank_indices(clips))
-    for done, sample in enumerate(batches):
-        if done % 100 == 99:
-            cmaev.print0(f"test views: batch {done} of {len(batches)}")
-        views = sample["clip"].to(device, non_blocking=True)
-        results = function(cmaev.normalize(views.flatten(0, 1))).float().unflatten(0, views.shape[:2]).mean(dim=1).cpu()
-        if not results[~sample["replaced"][:, 0]].isfinite().all():
-            raise cmaev.CMAEVError("the model computes NaN or inf from clips that are fine: give --amp none, or, if it "
-                                   "does so then, other weights")
-        results[sample["replaced"][:, 0]] = math.nan
-        rows |= zip(sample["index"][:, 0].tolist(), results)
-    rows = {i: row for part in cmaev.objects_of_ranks(rows) for i, row in part.items()}
-    return torch.stack([rows[i] for i in range(len(clips))])
-
-
-def report(scores, videos, names, folder):
-    """Scores [M, classes] of labelled videos -> top-1 and top-5 in per cent; writes the report to a folder, if given.
-
-    A row of NaN, a video that cannot be read, counts as wrong. predictions.csv holds path, label and the five best
-    classes with their probabilities; per-class.json holds each class's accuracy in per cent.
-    """
-    labels, read = torch.tensor([label for _, label in videos]), ~scores.isnan().any(dim=1)
-    best = scores.topk(min(5, scores.shape[1]), dim=1)
-    hits = (best.indices == labels[:, None]) & read[:, None]
-    top1, top5 = 100 * float(hits[:, 0].float().mean()), 100 * float(hits.any(dim=1).float().mean())
-    if folder is None:
-        return top1, top5
-    with cmaev.atomic_write(f"{folder}/predictions.csv") as file:
-        rows = csv.writer(file)
-        rows.writerow(["path", "label", *(f"{what}{i + 1}" for i in range(hits.shape[1]) for what in ("class", "p"))])
-        for (path, label), classes, values in zip(videos, best.indices.tolist(), best.values.tolist()):
-            rows.writerow([path, names[label], *(v for n, p in zip(classes, values) for v in (
-                ("unreadable", "") if math.isnan(p) else (names[n], f"{p:.4f}")))])
-    with cmaev.atomic_write(f"{folder}/per-class.json") as file:
-        json.dump({names[i]: round(100 * float(hits[labels == i, 0].float().mean()), 2)
-                   for i in labels.unique().tolist()}, file, indent=1)
-    return top1, top5
-
-
-# =====================================================================================================================
-# The script
-# =====================================================================================================================
-
+# Settings ---------------------------------------------------------------------------------------------------
 
 def read_settings():
+    """The command line -> settings. What it lacks is filled by the run in --out or --init, and the recipe."""
     parser = cmaev.argument_parser(__doc__)
     flag = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("what to do").add_argument
     add("--probe", choices=["linear", "knn"], default="", help="instead of fine-tuning: frozen features")
     add("--eval", action=flag, default=False, help="only evaluate the run in --out; writes there too")
-    add("--predict", nargs="*", metavar="FILE", help="only print the best classes; after -- if a name begins with -")
-    add("--features", metavar="FILE", default="", help="only write the mean-pooled features of --data, an .npz file")
+    add("--predict", nargs="+", metavar="FILE", help="only print the best classes of videos")
+    add("--features", metavar="FILE", default="", help="only write the pooled features of --data, an .npz")
     add("--best", action=flag, default=False, help="--eval, --predict: best.pt instead of checkpoint.pt")
-    add("--init", help="weights: a run of pretrain.py, a file of this project, VideoMAE or Hugging Face, or none")
-    add("--names", metavar="FILE", default="", help="names of the classes of a list, one per line, label 0 first")
-    add("--val-every", type=cmaev.WHOLE, default=5, help="epochs between one-view tests, which choose best.pt; 0: none")
+    add("--init", help="weights: a run, a file of this project, VideoMAE or Hugging Face, or none; what the "
+        "flags of the model do not give is theirs, and if --recipe is not given, it is the run's")
+    add("--names", metavar="FILE", default="", help="class names of a list, one per line, label 0 first")
+    add("--val-every", type=cmaev.WHOLE, default=5, help="epochs per one-view test, for best.pt; 0: none")
 
     add = parser.add_argument_group("clips").add_argument
-    add("--sampling", choices=["dense", "uniform"], default="dense", help="every rate-th frame, or one per segment")
+    add("--sampling", choices=["dense", "uniform"], default="dense", help="a stride, or a frame per part")
     add("--rate", type=cmaev.COUNT, default=4, help="sampling rate r of dense sampling")
-    add("--repeats", type=cmaev.COUNT, default=2, help="clips per opened video; a step has batch size x repeats")
-    add("--smallest-crop", type=cmaev.number(float, "(0, 1]"), default=0.08, help="as a share of the frame's area")
+    add("--repeats", type=cmaev.COUNT, default=2, help="clips per opened video; multiplies those of a step")
+    add("--smallest-crop", type=cmaev.number(float, "(0, 1]"), default=0.08, help="share of the frame's area")
     add("--flip", action=flag, default=True, help="horizontal flips; SSv2 has left and right as labels")
     add("--rand-augment", action=flag, default=True, help="RandAugment, four operations of strength 7")
     add("--erasing", type=cmaev.SHARE, default=0.25, help="probability of random erasing")
     add("--mixup", type=cmaev.NOT_NEGATIVE, default=0.8, help="alpha; 0: none")
     add("--cutmix", type=cmaev.NOT_NEGATIVE, default=1.0, help="alpha; 0: none; if both, one per micro-batch")
-    add("--segments", type=cmaev.COUNT, default=5, help="test clips per video, over time")
-    add("--crops", type=cmaev.COUNT, default=3, help="test crops per clip, over space")
+    add("--segments", type=cmaev.COUNT, default=5, help="test clips per video; --probe, --features: if given")
+    add("--crops", type=cmaev.COUNT, default=3, help="test crops per clip; --probe, --features: if given")
 
     add = parser.add_argument_group("regularisation").add_argument
-    add("--layer-decay", type=cmaev.number(float, "(0, 1]"), default=0.75, help="learning rate / the next layer's")
+    add("--layer-decay", type=cmaev.number(float, "(0, 1]"), default=0.75, help="rate / the next layer's")
     add("--drop-path", type=cmaev.BELOW_ONE, default=0.1, help="stochastic depth of the last block")
     add("--smoothing", type=cmaev.BELOW_ONE, default=0.1, help="label smoothing")
     add_shared_settings(parser)
-    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    files = sys.argv[end + 1:]  # after --, names may begin with -
-    s = cmaev.parse_settings(parser, RECIPES, sys.argv[1:end])
-    if files and s.predict is None:
-        raise cmaev.CMAEVError(f"{files[0]}: only --predict takes files")
-    if s.predict is not None:
-        s.predict += files
-        if not s.predict:
-            raise cmaev.CMAEVError("--predict: name one or more videos; after -- if a name begins with -")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--init", nargs="?", default="none", const="none")
+    path, argv = Path(first.parse_known_args()[0].init) / "settings.json", sys.argv[1:]
+    if path.is_file():  # of a run; a --recipe by hand comes later and wins
+        record = cmaev.parse_json(path.read_bytes(), path, "settings")
+        argv = ["--recipe", record["settings"]["recipe"], *argv]
+    s = cmaev.parse_settings(parser, RECIPES, argv)
     if s.eval or s.predict:
-        record, _ = read_record(s.out, s.best, cmaev.flag(s, "out"))
+        record, _ = read_record(s.out, s.best)
         for name in record["settings"].keys() - s.overridden.keys() - MACHINE - {"out"}:
             setattr(s, name, record["settings"][name])
-        return s, record
-    return s, None
-
-
-def read_classes(s):
-    """Reads --data, --val, --subset -> training videos, test videos, class names, what settings.json stores of them."""
-    videos, held_out = read_labelled(s.data, "data"), None
-    if not s.val:
-        videos, held_out = hold_out(videos, s.seed)
-        if not held_out:
-            raise cmaev.CMAEVError(f"{s.data} has one video per class: give --val, videos to test on")
-        cmaev.print0(f"no --val: {len(held_out)} of the {len(videos) + len(held_out)} videos of {s.data}, a tenth of "
-                     f"each class drawn by --seed {s.seed}, are held out to test on")
-    names, class_folders = class_names(videos + (held_out or []), s.data, s.names), os.path.isdir(s.data)
-    tests = held_out or read_test_videos(s.val, names, class_folders)
-    videos = cmaev.subset(videos, s.subset, s.seed)
-    cmaev.check_readable(videos)
-    cmaev.check_readable(tests)
-    return videos, tests, names, dict(names=names, held_out=held_out, class_folders=class_folders)
-
-
-def main():
-    s, record = read_settings()
-    device = cmaev.join_ranks()
-    world, run, dtype = cmaev.world_size(), Path(s.out), cmaev.amp_dtype(s.amp, device)
-    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-    def score(function, clips):
-        with autocast():
-            batch = max(1, (s.micro_batch or s.batch_size // world) // (clips.segments * clips.crops))
-            return score_videos(function, clips, batch, s.workers, device)
-
-    def evaluate(model, clips, folder=None):
-        """Top-1 and top-5 on test clips; with a folder the report is written and printed."""
-        model.eval()
-        scores = score(lambda clips: model(clips).float().softmax(dim=1), clips)
-        top1, top5 = report(scores, clips.videos, model.names, folder if cmaev.this_rank() == 0 else None)
-        if folder:
-            cmaev.print0(f"top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(clips)} videos, {s.segments} x {s.crops} "
-                         f"views, {len(model.names)} classes (chance {100 / len(model.names):.2f} %); {folder} holds "
-                         "predictions.csv")
-        return top1, top5
-
-    if record:
-        model = load(run, s.best, s).to(device)
-        if s.predict:
-            return predict(model, s.predict)
-        tests = read_test_videos(s.val, model.names, record["class_folders"]) if s.val else record["held_out"]
-        checkpoint = "best" if s.best else "checkpoint"
-        folder = run / f"eval-{checkpoint}-{s.size}-{s.segments}x{s.crops}"
-        folder.mkdir(exist_ok=True)
-        cmaev.print0(f"testing {run}/{checkpoint}.pt: {s.segments} x {s.crops} views of {s.size} x {s.size}")
-        return evaluate(model, model.test_clips(tests), folder)
+        return s
     s.data, val = cmaev.split_folder(s.data)
     s.val = s.val or val
-    if s.features:
-        return write_features(s, score, device)
+    if s.init != "none":
+        take_sizes_of_init(s)
+    if s.probe or s.features:
+        for name in {"segments", "crops"} - s.overridden.keys():
+            setattr(s, name, 1)
+    return s
 
+
+def take_sizes_of_init(s):
+    """Takes SIZES from the weights of --init. A flag given by hand wins, with a note."""
+    try:
+        _, sizes = cmaev.encoder_of(*cmaev.read_weights(s.init))
+    except (KeyError, ValueError):
+        return  # it holds no encoder: load_encoder says so
+    for name, (_, entry) in cmaev.ENCODERS.items():
+        if entry.items() - {("fusion", True)} <= sizes.items():
+            sizes["encoder"] = name
+    if not isinstance(sizes["size"], int):
+        sizes["size"] = sizes["size"][0]
+    for name in sorted(SIZES & sizes.keys()):
+        if name not in s.overridden:
+            setattr(s, name, sizes[name])
+        elif getattr(s, name) != sizes[name]:
+            print0(f"note: {cmaev.flag(s, name)}, as given, not the {sizes[name]} of {s.init}")
+
+
+# What the script does ---------------------------------------------------------------------------------------
+
+def train(s, device):
+    """Fine-tunes, or continues the run in --out, and evaluates."""
+    world, run, dtype = cmaev.world_size(), Path(s.out), cmaev.amp_dtype(s.amp, device)
     videos, tests, names, about = read_classes(s)
     cmaev.check_ranks(s, device, videos, tests, names)
-    if s.probe:
-        return probe(s, videos, tests, names, score, device)
     parts = cmaev.micro_batches(s)
     if len(videos) < s.batch_size:
-        raise cmaev.CMAEVError(f"{cmaev.flag(s, 'batch_size')}: give no more than the {len(videos)} videos "
-                               f"of {s.data}")
+        raise CMAEVError(f"{cmaev.flag(s, 'batch_size')}: give no more than the {len(videos)} videos")
     if s.batch_size // (world * parts) < 2 and (s.mixup or s.cutmix):
-        raise cmaev.CMAEVError(f"{cmaev.flag(s, 'batch_size')}, {cmaev.flag(s, 'micro_batch')}: --mixup and "
-                               "--cutmix need two or more videos per rank at a time")
+        raise CMAEVError(f"{cmaev.flag(s, 'batch_size')}, {cmaev.flag(s, 'micro_batch')}: mixup and cutmix need "
+                         "two or more videos per rank at a time")
     model = build(s, names)
     if s.init != "none":
         cmaev.load_encoder(s.init, model.encoder)
@@ -552,8 +543,8 @@ def main():
     optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True)
     scaler = cmaev.grad_scaler(dtype, device)
     augment = training_augmentation(s.size, s.smallest_crop, s.flip, s.rand_augment, s.erasing)
-    clips = LabelledClips(videos, s.frames, s.rate, s.size, s.sampling, augment, s.repeats, seed=s.seed,
-                          log=run / "bad-videos.jsonl")
+    clips = TrainClips(videos, s.frames, s.rate, s.sampling, augment, s.repeats, s.seed,
+                       log=run / "bad-videos.jsonl")
     mix = mixing(s.mixup, s.cutmix, len(names))
     per_step, per_epoch = s.batch_size * s.repeats, len(videos) // s.batch_size
     steps = s.epochs * per_epoch
@@ -564,30 +555,30 @@ def main():
     start = cmaev.resume(run, state)
     evaluated = run / "per-class.json"  # the last file that the evaluation at the end writes
     if start == steps and cmaev.sum_over_ranks(torch.tensor(int(evaluated.exists()))):
-        return cmaev.print0(f"{run} is finished, all {steps} steps: give --eval, or another --out")
+        return print0(f"{run} is finished, all {steps} steps: give --eval, or another --out")
     evaluated.unlink(missing_ok=True)
-    cmaev.print0(f"{s.encoder} from {s.init}; {len(videos)} videos of {len(names)} classes ({names[0]} to "
-                 f"{names[-1]}), {steps} steps of {per_step} clips; {world} x {device.type}, {dtype or torch.float32}"
-                 + (f"; continuing from step {start}" if start else ""))
-
+    going_on = f"; continuing from step {start}" if start else ""
+    print0(f"{s.encoder}, {s.frames} x {s.size} x {s.size}, from {s.init}; {len(videos)} videos of "
+           f"{len(names)} classes ({names[0]} to {names[-1]}), {steps} steps of {per_step} clips; "
+           f"{world} x {device.type}, {dtype or torch.float32}{going_on}")
     cmaev.note_weak_settings(s, steps)
     parallel = cmaev.data_parallel(model)
     if s.compile:
         parallel = torch.compile(parallel)
-    one_view = LabelledClips(tests, s.frames, s.rate, s.size, s.sampling)
+    one_view = TestViews(tests, s.frames, s.rate, s.size, s.sampling)
     received = cmaev.notice_signals()
-    feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
-        len(videos), s.batch_size, steps, s.seed, start, parts)), device)
+    order = cmaev.batches(len(videos), s.batch_size, steps, s.seed, start, parts)
+    feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=order), device)
     model.train()
     for step in range(start, steps):
         lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
-        torch.manual_seed(cmaev.seed_of(s.seed, step, cmaev.this_rank()))  # mixup, drop path: the same after a restart
+        torch.manual_seed(cmaev.seed_of(s.seed, step, cmaev.this_rank()))  # of mixup and drop path
         step_loss = replaced = 0
         for part in range(parts):
             batch = next(feed)
             clip, labels = mix(cmaev.normalize(batch["clip"]), batch["label"])
             parallel.require_backward_grad_sync = part == parts - 1  # when DDP averages the gradients
-            with autocast():
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = parallel(clip)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=s.smoothing) / parts
             scaler.scale(loss).backward()
@@ -595,91 +586,120 @@ def main():
         grad_norm = cmaev.optimizer_step(model.parameters(), optimizer, scaler, dtype, s.clip_grad)
         meter.add([step_loss], grad_norm, replaced)
 
-        done, last = step + 1, step + 1 == steps
-        if done == 1 or done % s.log_every == 0 or last:
-            due = lambda every: every and done // every > meter.step // every or last
-            save, validate, stop = due(s.save_every), s.val_every and due(s.val_every * per_epoch), received()
-            record = meter.read(done, per_step, per_epoch, s.bad_share)
-            record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
-            text = f"loss {record['loss']:.4f}"
-            if stop:  # before the validation, as SLURM soon kills
-                cmaev.save_checkpoint(run, done, state)
-            if validate:
-                record["val_top1"], record["val_top5"] = evaluate(model, one_view)
-                text += f"  top-1 {record['val_top1']:.2f} %"
-                if cmaev.this_rank() == 0 and not any(
-                        line.get("val_top1", -1) >= record["val_top1"] for line in cmaev.read_log(run)):
-                    cmaev.save_checkpoint(run, done, dict(model=model), "best.pt")
-                model.train()
-                meter.began = time.perf_counter()
-            cmaev.write_log(run, record, steps, text)
-            if save and not stop:
-                cmaev.save_checkpoint(run, done, state)
-            if stop:
-                cmaev.stop_run(stop, done)
+        done = step + 1
+        last = done == steps
+        if done > 1 and done % s.log_every and not last:
+            continue
+        due = lambda every: every > 0 and (last or done // every > meter.step // every)  # since the last line
+        save, validate, stop = due(s.save_every), due(s.val_every * per_epoch), received()
+        record = meter.read(done, per_step, per_epoch, s.bad_share)
+        record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
+        text = f"loss {record['loss']:.4f}"
+        if stop:  # before the validation, as SLURM soon kills
+            cmaev.save_checkpoint(run, done, state)
+        if validate:
+            top1, top5 = accuracy(model, one_view, s, device)
+            text += f"  top-1 {top1:.2f} %"
+            log = cmaev.read_log(run) if cmaev.this_rank() == 0 else []
+            if all(top1 > line.get("val_top1", -1) for line in log):
+                cmaev.save_checkpoint(run, done, dict(model=model), "best.pt")
+            record |= dict(val_top1=top1, val_top5=top5)
+            model.train()
+            meter.began = time.perf_counter()
+        cmaev.write_log(run, record, steps, text)
+        if save and not stop:
+            cmaev.save_checkpoint(run, done, state)
+        if stop:
+            cmaev.stop_run(stop, done)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(cmaev.SAVED_AND_STOPPED))
-    cmaev.print0(f"{meter.counts['bad_clips']} of {steps * per_step} clips were of bad videos")
-    evaluate(model, model.test_clips(tests), run)
+    print0(f"{meter.counts['bad_clips']} of {steps * per_step} clips were of bad videos")
+    accuracy(model, test_views(s, tests), s, device, run)
 
 
-def predict(model, files):
-    """Prints the five best classes of each file. Raises CMAEVError if one cannot be read."""
-    unreadable = 0
-    for file in files:
+def evaluate(s, device):
+    """--eval: the accuracy of the run in --out; the report goes to a folder of its own."""
+    record, weights = read_record(s.out, s.best)
+    model, tests = load(s.out, s.best, s).to(device), record["held_out"]
+    if s.val:
+        tests = numbered(read_labelled(s.val, "val"), record["classes"], s.val)
+    folder = Path(s.out) / f"eval-{weights.stem}-{s.size}-{s.segments}x{s.crops}"
+    folder.mkdir(exist_ok=True)
+    accuracy(model, test_views(s, tests), s, device, folder)
+
+
+def predict(s, device):
+    """--predict: prints the five best classes of each file."""
+    model, bad = load(s.out, s.best, s).to(device), 0
+    for file in s.predict:
         try:
-            cmaev.print0(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in model.predict(file)[:5]))
+            text = ", ".join(f"{name} {p:.1%}" for name, p in model.predict(file)[:5])
         except cmaev.BadVideo as error:
-            unreadable += 1
-            cmaev.print0(f"bad video: {cmaev.last_line(error)}")
-    if unreadable:
-        raise cmaev.CMAEVError(f"{unreadable} of {len(files)} files could not be read")
+            text, bad = str(error).removeprefix(f"{file}: "), bad + 1
+        print0(f"{file}: {text}")
+    if bad:
+        raise CMAEVError(f"{bad} of {len(s.predict)} files could not be read")
 
 
-def probe(s, videos, tests, names, score, device):
-    """Prints the top-1 accuracy of a linear or k-NN probe on frozen, mean-pooled features."""
+def frozen_encoder(s):
+    """The encoder for --probe and --features."""
+    if s.init != "none" and not SIZES & s.overridden.keys():
+        return cmaev.load_encoder(s.init)  # also one that ENCODERS does not have
     torch.manual_seed(s.seed)
-    encoder = cmaev.build_encoder(s.encoder, fusion=s.fusion, frames=s.frames, size=s.size, tubelet=s.tubelet,
+    encoder = cmaev.build_encoder(s.encoder, s.fusion, frames=s.frames, size=s.size, tubelet=s.tubelet,
                                   patch=s.patch)
-    if s.init != "none":
-        cmaev.load_encoder(s.init, encoder)
-    train, test = (pooled_features(s, encoder, listed, score, device) for listed in (videos, tests))
-    labels, read = torch.tensor([label for _, label in videos]), ~train.isnan().any(dim=1)
-    scores = dict(linear=linear_probe, knn=nearest_neighbours)[s.probe](
-        train[read], labels[read], test.nan_to_num(), len(names))
-    right = scores.argmax(dim=1) == torch.tensor([label for _, label in tests])
-    top1 = 100 * float((right & ~test.isnan().any(dim=1)).float().mean())
-    cmaev.print0(f"{s.probe} probe of {s.init}: top-1 {top1:.2f} % of {len(tests)} videos, {len(videos)} labels "
-                 f"(chance {100 / len(names):.2f} %)")
+    return encoder if s.init == "none" else cmaev.load_encoder(s.init, encoder)
 
 
-def pooled_features(s, encoder, videos, score, device):
-    """Mean of an encoder's tokens over all test views of each video -> float32 [M, D]; NaN where it cannot be read."""
+def pooled_features(s, encoder, videos, device):
+    """Means of an encoder's tokens over each video's test views -> float32 [M, D]; NaN for a bad video."""
     encoder.to(device).eval()
-    (frames, side, _), (tubelet, patch, _) = encoder.grid, encoder.cube
-    clips = LabelledClips(videos, frames * tubelet, s.rate, side * patch, s.sampling, segments=s.segments,
-                          crops=s.crops)
-    cmaev.print0(f"features of {len(videos)} videos, {s.segments} x {s.crops} views each")
-    return score(lambda clips: encoder(clips).mean(dim=1), clips)
+    print0(f"features of {len(videos)} videos, {s.segments} x {s.crops} views each")
+    return score_videos(lambda clips: encoder(clips).mean(dim=1), test_views(s, videos), s, device)
 
 
-def write_features(s, score, device):
-    """Writes --features: the features of the videos of --data, their paths, and their labels (-1: none)."""
+def probe(s, device):
+    """--probe: prints the top-1 accuracy of a linear or k-NN probe on frozen, mean-pooled features."""
+    videos, tests, names, _ = read_classes(s)
+    cmaev.check_ranks(s, device, videos, tests, names)
+    encoder = frozen_encoder(s)
+    train, test = (pooled_features(s, encoder, listed, device) for listed in (videos, tests))
+    labels, read = torch.tensor([label for _, label in videos]), ~train.isnan().any(dim=1)
+    classify = dict(linear=linear_probe, knn=nearest_neighbours)[s.probe]
+    scores = classify(train[read], labels[read], test, len(names))  # NaN for a video that cannot be read
+    top1, _ = report(scores, tests, names, None)
+    print0(f"{s.probe} probe of {s.init}: top-1 {top1:.2f} % of {len(tests)} videos, {len(videos)} labels "
+           f"(chance {100 / len(names):.2f} %)")
+
+
+def write_features(s, device):
+    """--features: writes the features of the videos of --data, their paths, and their labels (-1: none)."""
     if s.init == "none":
-        raise cmaev.CMAEVError("--features: give --init, the weights of an encoder")
+        raise CMAEVError("--features: give --init, the weights of an encoder")
     if os.path.isdir(s.features) or not os.access(os.path.dirname(s.features) or ".", os.W_OK):
-        raise cmaev.CMAEVError(f"--features {s.features} cannot be written: give a file in an existing folder")
+        raise CMAEVError(f"--features {s.features} cannot be written: give a file in an existing folder")
     videos = cmaev.read_list(s.data)
-    labels = [-1 if label is None else label for _, label in videos]
-    if max(map(abs, labels)) >= 2**63:
-        raise cmaev.CMAEVError(f"{s.data}: label {max(labels, key=abs)} takes more than 64 bits: renumber")
-    features = pooled_features(s, cmaev.load_encoder(s.init), videos, score, device)
+    features = pooled_features(s, frozen_encoder(s), videos, device)
     if cmaev.this_rank() == 0:
         with cmaev.atomic_write(s.features, "wb") as file:
-            np.savez(file, features=features.numpy(), paths=np.array([path for path, _ in videos]),
-                     labels=np.array(labels))
-    unreadable = int(features.isnan().any(dim=1).sum())
-    cmaev.print0(f"{s.features}: features {list(features.shape)}, paths, labels; {unreadable} videos could not be read")
+            np.savez(file, features=features.numpy(), paths=[path for path, _ in videos],
+                     labels=[-1 if label is None else label for _, label in videos])
+    print0(f"{s.features} holds features {list(features.shape)}, NaN for bad videos; paths; labels")
+
+
+def main():
+    device = cmaev.join_ranks()
+    s = read_settings()
+    if s.predict:
+        predict(s, device)
+    elif s.eval:
+        evaluate(s, device)
+    elif s.features:
+        write_features(s, device)
+    elif s.probe:
+        probe(s, device)
+    else:
+        train(s, device)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ test videos, the share whose nearest training video (cosine) has the same class;
 colour and in the displacement of the bright spot: 1 minus the mean squared difference over that of random pairs.
 """
 
-import functools
 import sys
 from argparse import Namespace
 
@@ -20,9 +19,8 @@ import torch
 import torch.nn.functional as F
 
 kind, *runs = sys.argv[1:]
-s = Namespace(rate=4, sampling="dense", segments=1, crops=1)
+s = Namespace(frames=8, rate=4, size=56, sampling="dense", segments=1, crops=1, amp="none", micro_batch=50, workers=0)
 cpu = torch.device("cpu")
-score = functools.partial(finetune.score_videos, batch=50, workers=0, device=cpu)
 videos = [cmaev.read_list(f"data/{kind}/{split}.txt") for split in ("train", "val")]
 
 
@@ -44,7 +42,7 @@ colors, displacements = zip(*(map(torch.stack, zip(*(color_and_displacement(path
 for run in runs:
     torch.manual_seed(0)
     encoder = cmaev.load_encoder(run) if run != "none" else cmaev.build_encoder("vit_tiny", frames=8, size=56, patch=8)
-    train, val = (finetune.pooled_features(s, encoder, listed, score, cpu) for listed in videos)
+    train, val = (finetune.pooled_features(s, encoder, listed, cpu) for listed in videos)
     nearest = (F.normalize(val) @ F.normalize(train).T).argmax(dim=1)
     share = torch.linalg.svdvals(train - train.mean(dim=0)) ** 2
     share /= share.sum()

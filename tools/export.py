@@ -33,6 +33,11 @@ def hugging_face_names(state, prefix=""):
     return new
 
 
+def head_state(model):
+    """A Classifier's state dict without the encoder."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+
+
 def save_hugging_face(folder, encoder, decoder=None, head=None, names=()):
     """Writes a ViT in Hugging Face's layout: a folder for VideoMAEModel.
 
@@ -88,7 +93,7 @@ def main():
         save_hugging_face(s.folder, encoder, decoder)
     else:
         model = finetune.load(s.run, s.best)
-        save_hugging_face(s.folder, model.encoder, head=model.head_state(), names=model.names)
+        save_hugging_face(s.folder, model.encoder, head=head_state(model), names=model.names)
     print(f"{s.folder}: for transformers' from_pretrained")
 
 
