@@ -253,6 +253,8 @@ class Encoder(nn.Module):
     To add an encoder, write a subclass with `forward` and `layers`, and add it to ENCODERS.
     """
 
+    heads = None  # of the attention
+
     def __init__(self, width, frames, size, tubelet, patch):
         super().__init__()
         self.width, self.cube = width, (tubelet, patch, patch)
@@ -285,6 +287,7 @@ class VisionTransformer(Encoder):
 
     def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16, drop_path=0.0):
         super().__init__(width, frames, size, tubelet, patch)
+        self.heads = heads
         self.patch_embed = CubeEmbed(width, self.cube)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # [width, values], as [MAE]
         rates = np.linspace(0, drop_path, depth).tolist()
@@ -404,6 +407,7 @@ class ConvViT(Encoder):
         super().__init__(widths[2], frames, size, tubelet, patch)
         if patch % 4:
             raise CMAEVError(f"patch size {patch}: ConvViT needs a multiple of 4")
+        self.heads = heads
         self.patch_embed1 = CubeEmbed(widths[0], (tubelet, patch // 4, patch // 4))
         self.patch_embed2 = nn.Linear(4 * widths[0], widths[1])
         self.patch_embed3 = nn.Linear(4 * widths[1], widths[2])
@@ -1401,10 +1405,10 @@ def split_biases(state):
 
 def save_encoder(encoder, path):
     """Writes an encoder's file: {"model": state dict, with VideoMAE's names for a ViT, "geometry": ...}."""
-    state, heads = encoder.state_dict(), encoder.layers()[-1].attn.heads
+    state = encoder.state_dict()
     if isinstance(encoder, VisionTransformer):
         state = split_biases(state)
-    geometry = {"grid": list(encoder.grid), "cube": list(encoder.cube), "heads": heads}
+    geometry = {"grid": list(encoder.grid), "cube": list(encoder.cube), "heads": encoder.heads}
     with atomic_write(path, "wb") as file:
         torch.save({"model": state, "geometry": geometry}, file)
 
@@ -1465,8 +1469,8 @@ def load_tensors(path):
 def read_weights(path):
     """Reads a weight file, a run's folder or a Hugging Face folder -> state dict with our names, about.
 
-    about: dict of frames, size and heads, which shapes do not tell, where they are known: from encoder.pt, or
-    from a run's settings.json or Hugging Face's config.json beside the file.
+    about: dict of frames, size and heads, which shapes do not tell, where they are known: from a run's
+    settings.json beside the file (then of all settings), from encoder.pt, or from Hugging Face's config.json.
     """
     path, state, about = Path(path), {}, {}
     files = [path] if path.is_file() else []
@@ -1483,13 +1487,13 @@ def read_weights(path):
         state |= {str(name): value for name, value in content.items() if torch.is_tensor(value)}
 
     settings, config = files[0].with_name("settings.json"), files[0].with_name("config.json")
-    if geometry:
-        frames, *size = [n * side for n, side in zip(geometry["grid"], geometry["cube"])]
-        about = dict(frames=frames, size=size, heads=geometry["heads"])
-    elif settings.is_file():
+    if settings.is_file():
         about = parse_json(settings.read_bytes(), settings, "settings")["settings"]
         _, sizes = ENCODERS.get(about.get("encoder"), (None, {}))
         about |= sizes
+    elif geometry:
+        frames, *size = [n * side for n, side in zip(geometry["grid"], geometry["cube"])]
+        about = dict(frames=frames, size=size, heads=geometry["heads"])
     elif config.is_file():
         content = parse_json(config.read_bytes(), config)
         names = dict(num_frames="frames", image_size="size", num_attention_heads="heads")
@@ -1532,7 +1536,7 @@ def load_encoder(path, encoder=None, decoder=None):
         raise CMAEVError(f"{path} holds no encoder ({last_line(error)}): give {WEIGHTS}") from None
     theirs = f"{kind.__name__}, " + ", ".join(f"{name} {value}" for name, value in arguments.items())
     print0(f"{path} holds a {theirs}")
-    if "heads" in about and about["heads"] != encoder.layers()[-1].attn.heads:
+    if about.get("heads") not in (None, encoder.heads):
         raise CMAEVError(f"{path} is of another model, with other attention heads: it holds a {theirs}")
     if "fc_norm.weight" in state:  # a fine-tuned file, without the final norm
         state = encoder.norm.state_dict(prefix="norm.") | state
@@ -2017,7 +2021,7 @@ def write_log(run, record, steps, text):
             print(json.dumps(numbers), file=file)  # JSON has no NaN
         left = timedelta(seconds=round(record["step_ms"] * (steps - record["step"]) / 1000))
         line = ("step {step}/{steps}  epoch {epoch:.2f}  {text}  lr {lr:.1e}  grad {grad_norm:.2f}  "
-                "{clips_per_s:.1f} clips/s  data wait {data_wait:.0%}  {memory_mib:.0f} MiB  {left} left")
+                "{clips_per_s:.1f} clips/s  data wait {data_wait:.0%}  GPU {memory_mib:.0f} MiB  {left} left")
         print(line.format(steps=steps, text=text, left=left, **record), flush=True)
 
 

@@ -506,15 +506,16 @@ def read_settings():
 
 def take_sizes_of_init(s):
     """Takes SIZES from the weights of --init. A flag given by hand wins, with a note."""
-    try:
-        _, sizes = cmaev.encoder_of(*cmaev.read_weights(s.init))
-    except (KeyError, ValueError):
-        return  # it holds no encoder: load_encoder says so
-    for name, (_, entry) in cmaev.ENCODERS.items():
-        if entry.items() - {("fusion", True)} <= sizes.items():
-            sizes["encoder"] = name
-    if not isinstance(sizes["size"], int):
-        sizes["size"] = sizes["size"][0]
+    state, sizes = cmaev.read_weights(s.init)
+    if "encoder" not in sizes:  # not of a run
+        try:
+            _, sizes = cmaev.encoder_of(state, sizes)
+        except (KeyError, ValueError):
+            return  # it holds no encoder: load_encoder says so
+        for name, (_, entry) in cmaev.ENCODERS.items():
+            if entry.items() - {("fusion", True)} <= sizes.items():
+                sizes["encoder"] = name
+        sizes["size"] = np.ravel(sizes["size"])[0].item()
     for name in sorted(SIZES & sizes.keys()):
         if name not in s.overridden:
             setattr(s, name, sizes[name])
