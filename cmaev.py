@@ -1178,118 +1178,87 @@ def read_image(path):
     return v2.functional.to_dtype(image, torch.uint8, scale=True).permute(1, 2, 0)  # PNG may have 16 bits
 
 
-LAST_NUMBER = re.compile(r"^(.*?)\d+(?:\.\d+)?(\D*)$", re.DOTALL)
+HIDDEN = {"@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information",
+          "lost+found", "__pycache__"}  # of file managers, NAS boxes and notebooks, as names with a dot first
+PARTS = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|eval|dev)(?![a-z])", re.IGNORECASE)
+PATH_AND_NUMBER = re.compile(r"(.*[^\s,])[\s,]+(-?\d{1,99})")
 
 
 def frame_files(folder):
-    """The paths of a folder's JPEG and PNG frames, in natural order: img_2 before img_10, x before x (1).
+    """The paths of a folder's JPEG and PNG frames, in the order of the numbers in their names.
 
-    Names that are decimal numbers, as 0.04 and 0.1, are in the order of the numbers. If the names form groups by
-    the words around their last number, as img_00001 and flow_x_00001, the group that begins with img, image, frame,
-    rgb or color is taken. Raises BadVideo if there is no such group, or several, and for two files of one frame.
+    If the names form groups by the words around their last number, as img_00001 and flow_x_00001, the group
+    that begins with img, image, frame, rgb or color is taken. Raises BadVideo if there is no such group, or
+    several, and for two files of one frame.
     """
-    stems = {name: os.path.splitext(name)[0].lower() for name in os.listdir(folder) if is_image(name)}
-    groups, known = {}, set(stems.values())
-    for name, stem in stems.items():
-        original = re.sub(r"[\s_-]*\(\d+\)$", "", stem)  # of img_1 (1): img_1
-        stem = original if original in known else stem
-        around = re.sub(r"[\W_]+", " ", LAST_NUMBER.sub(r"\1 \2", stem)).strip()
-        groups.setdefault(around if re.search("[^\\d ]", around) else "", []).append(name)
-    names = list(stems)
-    if len(groups) > 1 and any(map(LAST_NUMBER.match, stems.values())):
-        frames = [group for around, group in groups.items() if re.match("img|image|frame|rgb|color", around)]
-        if len(frames) != 1:
-            examples = ", ".join(sorted(min(group) for group in groups.values())[:9])
-            raise BadVideo(f"{folder}: its pictures form {len(groups)} groups ({examples}): keep one of them")
-        names = frames[0]
-    if all(re.fullmatch(r"\d+(\.\d+)?", stems[name]) for name in names):
-        order = {name: Decimal(stems[name]) for name in names}
-    else:
-        parts = {name: re.split(r"(\d+)", stems[name]) for name in names}  # text, number, text, ...
-        order = {name: [int(x) if k % 2 else x for k, x in enumerate(parts[name])] for name in names}
-    names.sort(key=order.get)
-    for name, following in zip(names, names[1:]):
-        if order[name] == order[following]:
-            raise BadVideo(f"{folder}: {name} and {following} are the same frame: keep one of them")
-    return [os.path.join(folder, name) for name in names]
-
-
-HIDDEN = {"@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
-          "__pycache__"}  # what file managers, NAS boxes and notebooks leave, besides names that begin with a dot
-
-
-def is_image(name):
-    """Whether a file of this name is a frame of a folder of frames."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    files, groups = [], {}  # [(words, numbers, name)], {words: first name}
+    for name in sorted(os.listdir(folder)):
+        stem, suffix = os.path.splitext(name.lower())
+        if suffix in IMAGE_SUFFIXES and name[0] != ".":
+            words = re.sub(r"[\W_]+", " ", re.sub(r"\d+(\.\d+)?(\D*)$", r" \2", stem)).strip()
+            words = words if re.search(r"[^\d ]", words) else ""  # a date's are numbers
+            files.append((words, [Decimal(x) for x in re.findall(r"\d+(?:\.\d+)?", stem)], name))
+            groups.setdefault(words, name)
+    frames = [words for words in groups if len(groups) == 1 or re.match("img|image|frame|rgb|color", words)]
+    if files and len(frames) != 1:
+        raise BadVideo(f"{folder}: its pictures form {len(groups)} groups "
+                       f"({', '.join(groups.values()):.99}): keep one of them")
+    files = sorted(file for file in files if file[0] in frames)
+    for file, following in zip(files, files[1:]):
+        if file[1] == following[1]:
+            raise BadVideo(f"{folder}: {file[2]} and {following[2]} are the same frame: keep one of them")
+    return [os.path.join(folder, name) for _, _, name in files]
 
 
 def read_list(path):
     """Reads a list file or a folder of videos -> [(path of a video or of a folder of frames, label or None)].
 
-    A list has one video per line: `path label`, `path,label`, VideoMAE's `path frames label`, or `path`; labels
-    are integers. Paths may hold spaces or be quoted as in CSV files; relative ones are relative to the list. If the
-    whole line is a path that exists, the video has no label. In a folder, each class folder root/class/ that holds
-    videos, at any depth, is one label, in alphabetical order; videos that lie in the root itself have no label.
-    Hidden entries are ignored. The number of files left out is printed.
-    Raises CMAEVError, with the line's number, for a bad line or a path that does not exist.
+    A list has a video per line: `path label`, `path,label`, `path`, or VideoMAE's `path frames label`; labels
+    are integers. If the whole line is a path that exists, the video has no label. Paths may hold spaces or be
+    quoted as in CSV files; relative ones are relative to the list. In a folder, each class folder root/class/
+    that holds videos, at any depth, is one label, in alphabetical order; videos in the root have no label.
+    Raises CMAEVError, with the line's number, for a line without a video that exists, and for a folder of a
+    data set's parts, as train and val.
     """
-    path = os.fspath(path)
+    path, left_out = os.fspath(path), []
     if not os.path.exists(path):
-        raise CMAEVError(f"{path}: no such list or folder: give a text file, a `path label` per line, or a folder")
-    videos = _read_folder(path) if os.path.isdir(path) else _read_list_file(path)
+        raise CMAEVError(f"{path}: no such list or folder: give a text file with a `path label` per line, or a "
+                         "folder of class folders; pretrain.py makes the demo's")
+    if os.path.isdir(path):
+        videos, labels = [], {}
+        for video in _videos_in(path, left_out):
+            folders = os.path.relpath(video, path).split(os.sep)[:-1]
+            label = labels.setdefault(folders[0], len(labels)) if folders else None
+            videos.append((video, label))
+        parts = list(filter(PARTS.match, labels))
+        if len(parts) > len(labels) / 2:
+            raise CMAEVError(f"{path} holds a data set's parts ({', '.join(parts)}), not classes: give one as "
+                             "--data, another as --val")
+    else:
+        videos = _read_list_file(path)
+    if left_out:
+        print0(f"{path}: {len(left_out)} files are not videos and are left out, for example {left_out[0]}")
     if not videos:
         raise CMAEVError(f"{path}: no videos in it: give a `path label` per line, or a folder of video files")
     return videos
 
 
-def _read_folder(root):
-    left_out = []
-
-    def videos_in(folder, above=()):
-        videos, others, above = [], [], (*above, os.path.realpath(folder))
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.name.startswith(".") or entry.name in HIDDEN:
-                continue
-            if entry.is_dir():
-                videos += videos_in(entry.path, above) if os.path.realpath(entry.path) not in above else []
-            else:
-                is_video = os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES
-                (videos if is_video else others).append(entry.path)
-        if not videos and any(is_image(os.path.basename(path)) for path in others):
-            return [folder]  # a video as a folder of frames
-        left_out.extend(others)
-        return videos
-
-    videos = videos_in(root)
-    parts_of = {path: os.path.relpath(path, root).split(os.sep) for path in videos}
-    names = sorted({parts[0] for parts in parts_of.values() if len(parts) > 1})
-    label = {name: i for i, name in enumerate(names)}
-    if left_out:
-        print0(f"{root}: {len(left_out)} files are not videos and are left out, for example {left_out[0]}")
-    return [(path, label[parts[0]] if len(parts) > 1 else None) for path, parts in parts_of.items()]
-
-
-TRAIN, TEST = ("train", "training"), ("val", "validation", "valid", "test", "testing", "eval", "dev")
-
-
-def split_folder(root):
-    """Finds a data set's parts in a folder -> the one to train on, the one to test on; or root, "".
-
-    They are root/train and the first of root/val, root/test, ... that exists; train_256 is a train. Beside
-    other folders they may be classes: then both must exist and train must hold folders itself.
-    """
-    entries = [e for e in os.scandir(root) if e.is_dir()] if os.path.isdir(root) else []
-    entries = sorted((e.name.lower(), e.path) for e in entries if e.name not in HIDDEN and e.name[0] != ".")
-    folders = {re.split("[^a-z]", name)[0]: path for name, path in reversed(entries)}
-    train, test = (next((folders[name] for name in names if name in folders), "") for names in (TRAIN, TEST))
-    others = folders.keys() - {*TRAIN, *TEST} or len(entries) > len(folders)
-    if not train or others and not (test and any(entry.is_dir() for entry in os.scandir(train))):
-        return root, ""
-    print0(f"{root} holds a data set's parts, not classes: {train} to train on, {test or 'none'} to test on")
-    return train, test
-
-
-PATH_AND_NUMBER = re.compile(r"(.*[^\s,])[\s,]+(-?\d{1,99})", re.DOTALL)
+def _videos_in(folder, left_out):
+    """The videos in a folder, at any depth, in alphabetical order. Adds the other files to `left_out`."""
+    videos, others = [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name[0] == "." or entry.name in HIDDEN:
+            continue
+        if entry.is_dir():
+            videos += _videos_in(entry.path, left_out)
+        elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES:
+            videos.append(entry.path)
+        else:
+            others.append(entry.path)
+    if not videos and any(os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES for path in others):
+        return [folder]  # a video as a folder of frames
+    left_out += others
+    return videos
 
 
 def _readings(line):
@@ -1304,33 +1273,26 @@ def _readings(line):
 
 
 def _read_list_file(path):
-    data, videos = Path(path).read_bytes(), []
-    try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "surrogateescape")
-    except UnicodeDecodeError:
-        text = "\0"
+    text = Path(path).read_text("utf-8-sig", "surrogateescape")
     if "\0" in text:
-        raise CMAEVError(f"{path}: is not a text file: give a list with one `path label` per line")
-    in_folder = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+        raise CMAEVError(f"{path}: is not a text file: give a list in UTF-8 with one `path label` per line")
+    root, videos = os.path.dirname(path), []
+    names_in = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
 
-    def listed(name):  # asks the file system once per folder
-        folder, name = os.path.split(name)
-        return name in in_folder(folder or ".")
+    def listed(path):  # asks the file system once per folder
+        folder, slash, name = path.rpartition("/")
+        return name in names_in(folder + slash or ".")
 
-    for number, line in enumerate(text.split("\n"), 1):
-        if not (line := line.strip()):
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if not line:
             continue
-        readings = [(os.path.join(os.path.dirname(path), name), label) for name, label in _readings(line)]
-        video = next((video for exists in (listed, os.path.exists) for video in readings if exists(video[0])), None)
-        if video is None:
-            name, *word = re.split(r"[\s,]+(?=[^\s,]+$)", readings[-1][0])  # without quotes
-            reason = f"{readings[min(1, len(readings) - 1)][0]} does not exist"
-            if word and readings[-1][1] is None and os.path.exists(name):
-                reason = f"label {word[0]!r:.99} is not an integer"
-            elif not videos and not re.search(r"[./]|\b\d+\b", line):
-                reason += "; it looks like a header"
-            raise CMAEVError(f"{path}, line {number}: {reason}: correct the line or take it out")
-        videos.append(video)
+        readings = [(os.path.join(root, name), label) for name, label in _readings(line)]
+        found = [video for video in readings if listed(video[0])]
+        found = found or [video for video in readings if os.path.exists(video[0])]
+        if not found:
+            raise CMAEVError(f"{path}, line {number}: {readings[-1][0]} does not exist: correct the line, a "
+                             "path and an integer as its label, or take it out")
+        videos.append(found[0])
     return videos
 
 
@@ -1344,13 +1306,10 @@ def subset(videos, count, seed):
 
 def check_readable(videos):
     """Raises BadVideo if none of the first ten videos can be opened: the list is probably of other files."""
-    errors = []
     for path, _ in videos[:10]:
-        try:
+        with contextlib.suppress(BadVideo):
             return Video(path)
-        except BadVideo as error:
-            errors.append(error)
-    raise errors[0]
+    Video(videos[0][0])  # raises its error
 
 
 # 8  Weights ------------------------------------------------------------------------------------------------

@@ -494,8 +494,6 @@ def read_settings():
         for name in record["settings"].keys() - s.overridden.keys() - MACHINE - {"out"}:
             setattr(s, name, record["settings"][name])
         return s
-    s.data, val = cmaev.split_folder(s.data)
-    s.val = s.val or val
     if s.init != "none":
         take_sizes_of_init(s)
     if s.probe or s.features:

@@ -109,8 +109,6 @@ def read_videos(s):
     if not s.data:
         raise cmaev.CMAEVError(f"the recipe {s.recipe} needs --data: a list (`path label` per line) or class "
                                "folders")
-    s.data, val = cmaev.split_folder(s.data)
-    s.val = s.val or val
     videos = cmaev.subset(cmaev.read_list(s.data), s.subset, s.seed)
     if len(videos) * s.repeats < s.batch_size:
         raise cmaev.CMAEVError(f"{cmaev.flag(s, 'batch_size')}: give no more than the {len(videos) * s.repeats} "
