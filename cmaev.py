@@ -72,7 +72,7 @@ def print0(*values):
 
 
 def seed_of(*key):
-    """Hashes non-negative integers to a 64-bit seed. Zeros at the end do not count."""
+    """Hashes non-negative integers to a 64-bit seed. (1,) and (1, 0) give the same seed."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
@@ -80,7 +80,7 @@ def seed_of(*key):
 def seeded(*key):
     """Seeds torch's global CPU generator from the integers `key` inside the block; restores it at the end.
 
-    torchvision's random transforms draw from the global one.
+    draw_colors and torchvision's random transforms draw from the global generator.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(*key))
@@ -138,12 +138,12 @@ def tube_mask(batch, grid, ratio, generator=None):
 
     `grid` is the encoder's (T', H', W'). int(ratio * H' * W') of the H' * W' positions are masked.
     """
-    positions = grid[1] * grid[2]
-    num_masked = int(ratio * positions)
-    if not 0 < num_masked < positions:
-        raise CMAEVError(f"mask ratio {ratio} masks {num_masked} of {positions} positions: give another")
-    order = torch.rand(batch, positions, generator=generator).argsort(dim=1).argsort(dim=1)
-    return (order < num_masked).repeat(1, grid[0])
+    num_positions = grid[1] * grid[2]
+    num_masked = int(ratio * num_positions)
+    if not 0 < num_masked < num_positions:
+        raise CMAEVError(f"mask ratio {ratio} masks {num_masked} of {num_positions} positions: give another")
+    ranks = torch.rand(batch, num_positions, generator=generator).argsort(dim=1).argsort(dim=1)
+    return (ranks < num_masked).repeat(1, grid[0])
 
 
 @torch.compiler.disable
@@ -196,7 +196,7 @@ class CubeEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: [B, N, D] -> [B, N, D]. VideoMAE has no key bias; the softmax cancels it."""
+    """Multi-head self-attention: [B, N, D] -> [B, N, D]. VideoMAE has no key bias: it has no effect."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -289,7 +289,7 @@ class VisionTransformer(Encoder):
         super().__init__(width, frames, size, tubelet, patch)
         self.heads = heads
         self.patch_embed = CubeEmbed(width, self.cube)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # [width, values], as [MAE]
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # as one matrix [MAE]
         rates = np.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -341,12 +341,12 @@ def tube_windows(x, grid, visible, border):
     # index map [B, H' s, W' s] of any time step: 1, 2, ... at visible features, 0 at masked ones
     index_map = torch.arange(1, tubes.shape[1] * side**2 + 1, device=x.device).view(1, -1, side, side, 1)
     index_map = tokens_to_map(index_map.expand(batch, -1, -1, -1, -1), (1, *grid[1:]), tubes)[:, 0, 0]
-    # its windows around the visible tokens [B, N_v / T' window^2]
+    # its windows around the visible tokens [B, (N_v / T') window^2]
     indices = F.pad(index_map, 4 * (border,)).unfold(1, window, side).unfold(2, window, side).flatten(1, 2)
     indices = gather_tokens(indices, tubes).flatten(1)
     # the features at these indices, at each time step; index 0 is a zero put in front of them
     features = F.pad(x.unflatten(1, (grid[0], -1)).movedim(-1, 0).flatten(3), (1, 0))
-    indices = indices[None, :, None].expand(*features.shape[:3], -1)  # [C, B, T', N_v / T' window^2]
+    indices = indices[None, :, None].expand(*features.shape[:3], -1)  # [C, B, T', (N_v / T') window^2]
     return features.gather(3, indices).unflatten(3, (-1, window**2))
 
 
@@ -370,8 +370,9 @@ class ConvBlock(nn.Module):
         """The depthwise 5 x 5 x 5 convolution at the visible tokens: [B, N_v, s, s, C] -> the same.
 
         Equals map_to_tokens(depthwise(tokens_to_map(x, grid, visible)), grid) at the visible tokens, and computes
-        no others: at 90 % masking 10 to 20 times as fast on a CPU. Each window is multiplied by one matrix: the
-        kernel's 5 temporal taps applied to one-hot images. Each tap's result is shifted in time; all are summed.
+        no others: at 90 % masking 10 to 20 times as fast on a CPU. One matrix per channel maps a window to the
+        results of the kernel's 5 temporal taps; its rows are their results for one-hot images. Each tap's result
+        is shifted in time; all are summed.
         """
         with torch.autocast("cpu", enabled=False):
             x = x.float() if x.device.type == "cpu" else x  # oneDNN's bf16 gradient is wrong (torch 2.14, 2.15)
@@ -464,8 +465,8 @@ ENCODERS = {  # name: class, sizes
     "vit_small": (VisionTransformer, dict(width=384, depth=12, heads=6)),
     "vit_base": (VisionTransformer, dict(width=768, depth=12, heads=12)),
     "vit_large": (VisionTransformer, dict(width=1024, depth=24, heads=16)),
-    "convvit_tiny": (ConvViT, dict(widths=(48, 96, 192), depths=(1, 1, 5), heads=3, fusion=True)),  # [choice]
-    "convvit_base": (ConvViT, dict(widths=(256, 384, 768), depths=(2, 2, 11), heads=12, fusion=True)),
+    "convvit_tiny": (ConvViT, dict(widths=(48, 96, 192), depths=(1, 1, 5), heads=3)),  # [choice]
+    "convvit_base": (ConvViT, dict(widths=(256, 384, 768), depths=(2, 2, 11), heads=12)),
 }
 
 
@@ -474,7 +475,7 @@ def build_encoder(name, fusion=True, **geometry):
     if name not in ENCODERS:
         raise CMAEVError(f"no encoder {name!r}: choose from {', '.join(ENCODERS)}")
     encoder, sizes = ENCODERS[name]
-    if "fusion" in sizes:
+    if encoder is ConvViT:
         sizes = sizes | {"fusion": fusion}
     return encoder(**sizes | geometry)
 
@@ -506,7 +507,7 @@ class PixelDecoder(nn.Module):
                        self.mask_token + gather_tokens(positions, masked)], dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, -masked.shape[1]:]))
+        return self.head(self.norm(x[:, -masked.shape[1]:]))  # the masked tokens: I of equation 6
 
 
 def world_size():
@@ -528,6 +529,13 @@ def gather_over_ranks(x):
     return torch.cat(rows)
 
 
+def sum_over_ranks(x):
+    """Sum of a tensor over the ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
 class AllReduce(torch.autograd.Function):
     """Sum over ranks, forward and backward, on every backend.
 
@@ -536,9 +544,7 @@ class AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+        return sum_over_ranks(x.clone())
 
     @staticmethod
     def backward(ctx, grad):
@@ -588,26 +594,26 @@ def standardize(x):
 
 
 def reconstruction_loss(prediction, clip, masked, grid):
-    """Equation 7: mean squared error of the predicted masked cubes over all their values -> float32 scalar.
+    """Equation 7: mean squared error of the predicted and the standardised masked cubes -> float32 scalar.
 
     prediction [B, N_m, values]; clip [B, 3, T, H, W], normalised; masked indices [B, N_m]; grid (T', H', W').
     """
     return F.mse_loss(prediction.float(), standardize(cubes(clip, grid, masked))[0])
 
 
-def info_nce(query, key, temperature, video=None):
+def info_nce(query, key, temperature, video_index=None):
     """Equations 4 and 5: cosine similarity and InfoNCE over the keys of all ranks, with the same B on each.
 
-    query, key [B, C]; row i of both is the same clip; keys of other videos are negatives. `video`: int64 [B],
-    the index of each clip's video; without it all clips are from different videos. Returns the loss and the
+    query, key [B, C]; row i of both is the same clip; keys of other videos are negatives. `video_index`:
+    int64 [B], of each clip's video; without it all clips are from different videos. Returns the loss and the
     share of queries whose most similar key is the positive; float32 scalars.
     """
     query, keys = F.normalize(query.float(), dim=1), gather_over_ranks(F.normalize(key.float(), dim=1))
     with torch.autocast(query.device.type, enabled=False):  # float64: a GPU computes float32 products in TF32
         logits = (query.double() @ keys.double().T).float() / temperature  # [B, B * world]
     positives = torch.arange(len(query), device=query.device) + len(query) * this_rank()
-    if video is not None:  # other clips of the same video are neither positive nor negative
-        same = video[:, None] == gather_over_ranks(video)
+    if video_index is not None:  # other clips of the same video are neither positive nor negative
+        same = video_index[:, None] == gather_over_ranks(video_index)
         logits = logits.masked_fill(same.scatter(1, positives[:, None], False), -math.inf)
     return F.cross_entropy(logits, positives), (logits.argmax(dim=1) == positives).float().mean()
 
@@ -617,11 +623,11 @@ def info_nce(query, key, temperature, video=None):
 class CMAEV(nn.Module):
     """The whole method. model(online, target, mask) -> a dict of losses.
 
-    online, target: normalised clips [B, 3, T, H, W]; mask: bool [B, N], on the CPU; video: see info_nce. Losses:
+    online, target: normalised clips [B, 3, T, H, W]; mask: bool [B, N], on the CPU; video_index: see info_nce. Losses:
     loss, reconstruction, contrast and accuracy, float32 scalars; and the online feature [B, D]. pretrain.py
     applies augment_colors to the target, normalize to both, and calls update_target after each optimiser step.
-    `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): no target branch is built. Without a
-    target, the loss is the reconstruction. `geometry`: see build_encoder.
+    `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): no target branch is built. With
+    target=None the loss is the reconstruction's. `geometry`: see build_encoder.
     """
 
     def __init__(self, encoder="vit_base", contrast_weight=0.14, temperature=0.07, **geometry):
@@ -636,9 +642,9 @@ class CMAEV(nn.Module):
             self.target_encoder = deepcopy(self.encoder).requires_grad_(False)
             self.target_projector = deepcopy(self.projector).requires_grad_(False)
 
-    def forward(self, online, target, mask, video=None):
+    def forward(self, online, target, mask, video_index=None):
         self.encoder.check_mask(mask)
-        visible, masked = visible_and_masked(mask, online.device)  # the token indices of x^v and x^m
+        visible, masked = visible_and_masked(mask, online.device)  # token indices
         tokens = self.encoder(online, visible)  # equation 1
         prediction = self.decoder(tokens, visible, masked)  # equation 6
         reconstruction = reconstruction_loss(prediction, online, masked, self.encoder.grid)  # equation 7
@@ -648,42 +654,43 @@ class CMAEV(nn.Module):
         if self.contrast_weight and target is not None:
             with torch.no_grad():
                 target_feature = self.target_encoder(target).mean(dim=1)  # equation 3
-            contrast, accuracy = self.contrastive_loss(feature, target_feature, video)  # equations 4 and 5
+            contrast, accuracy = self.contrastive_loss(feature, target_feature, video_index)  # equations 4 and 5
         loss = reconstruction + self.contrast_weight * contrast  # equation 8
         return dict(loss=loss, reconstruction=reconstruction, contrast=contrast, accuracy=accuracy,
                     feature=feature)
 
-    def contrastive_loss(self, feature, target_feature, video=None):
+    def contrastive_loss(self, feature, target_feature, video_index=None):
         """Equations 4 and 5: heads and InfoNCE on both views' features [B, D] -> loss, accuracy."""
         if len(feature) * world_size() < 2:
             raise CMAEVError("InfoNCE needs two or more clips in the global batch")
         with torch.no_grad():
             key = self.target_projector(target_feature)
-        return info_nce(self.predictor(self.projector(feature)), key, self.temperature, video)
+        return info_nce(self.predictor(self.projector(feature)), key, self.temperature, video_index)
 
     @torch.no_grad()
     def update_target(self, momentum):
         """The momentum (EMA) step: theta_t <- momentum * theta_t + (1 - momentum) * theta_s."""
         if self.contrast_weight:
-            target = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
-            source = [*self.encoder.parameters(), *self.projector.parameters()]
-            torch._foreach_lerp_(target, source, 1 - momentum)
+            theta_t = [*self.target_encoder.parameters(), *self.target_projector.parameters()]
+            theta_s = [*self.encoder.parameters(), *self.projector.parameters()]
+            torch._foreach_lerp_(theta_t, theta_s, 1 - momentum)
 
     @torch.no_grad()
     def reconstruct(self, clip, mask):
         """Returns four clips in [0, 1], shaped as the normalised clip [B, 3, T, H, W].
 
-        The original; masked cubes filled with ImageNet's mean, with their own mean colour, and with the
-        prediction, of standardised cubes: their mean and standard deviation are taken from the original.
+        The original, and three copies with the masked cubes replaced: by ImageNet's mean, by the cube's mean
+        colour, by the prediction. It is of standardised cubes and gets the original cube's mean and deviation.
         """
         self.encoder.check_mask(mask)
         visible, masked = visible_and_masked(mask, clip.device)
         prediction = self.decoder(self.encoder(clip, visible), visible, masked).float()
         original = cubes(clip, self.encoder.grid)
         _, mean, std = standardize(gather_tokens(original, masked))
-        pixels, where = prediction.unflatten(-1, (-1, 3)), masked[..., None].expand_as(prediction)
+        pixels = prediction.unflatten(-1, (-1, 3))
+        indices = masked[..., None].expand_as(prediction)
         fillings = [torch.zeros_like(pixels), mean.expand_as(pixels), pixels * std + mean]
-        filled = [original.scatter(1, where, filling.flatten(-2)) for filling in fillings]
+        filled = [original.scatter(1, indices, filling.flatten(-2)) for filling in fillings]
         clips = [uncubes(x, self.encoder.grid, clip.shape[2:]) for x in (original, *filled)]
         return [to_unit_range(x).clamp(0, 1) for x in clips]
 
@@ -700,8 +707,8 @@ def temporal_shift_indices(num_frames, frames, rate, max_shift, generator=None):
         raise CMAEVError(f"num_frames={num_frames}, frames={frames} and rate={rate} must be 1 or more, and "
                          f"max_shift={max_shift} 0 or more")
     delta = torch.randint(max_shift + 1, (), generator=generator)
-    starts = num_frames - ((frames - 1) * rate + int(delta))
-    t1 = torch.randint(max(starts, 1), (), generator=generator)
+    num_starts = num_frames - ((frames - 1) * rate + int(delta))
+    t1 = torch.randint(max(num_starts, 1), (), generator=generator)
     online = t1 + rate * torch.arange(frames)
     return online.clamp(max=num_frames - 1), (online + delta).clamp(max=num_frames - 1)
 
@@ -747,7 +754,7 @@ def color_parameters(brightness, contrast, saturation, hue, sigma):
     Takes scalars: torchvision's factors, hue as a fraction of a full turn. All but the blur form one affine
     map, in argument order, clamped once [choice]: hue rotates the IQ plane, contrast mixes in the clip's mean
     luma. torchvision uses a random order, shifts hue in HSV, takes each frame's mean, and clamps after each.
-    The two hues differ by as much as the operation moves a pixel.
+    The two hue shifts differ from each other about as much as each changes a pixel.
     """
     rgb_to_yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
@@ -783,7 +790,7 @@ def blur(x, sigma):
 
 
 def log_bad_video(path, reason, log=None):
-    """Prints a bad video and appends it, once per path, to the JSON lines of all workers' file `log`."""
+    """Prints a bad video and appends it to `log`, a file of JSON lines of all workers, unless it is there."""
     if log:
         start = json.dumps(dict(path=path))[:-1]
         with open(log, "a+", errors="replace") as file:
@@ -797,7 +804,8 @@ def log_bad_video(path, reason, log=None):
 class VideoClips(Dataset):
     """Base dataset: dataset[epoch, index] -> dict of tensors, a pure function of (seed, epoch, index).
 
-    `videos`: from read_list. A subclass defines `sample`. A bad video is listed in the file `log` and another
+    `videos`: from read_list. A subclass defines sample(video, label, index, generator) -> dict of tensors
+    [clips, ...]. A bad video is listed in the file `log` and another
     one, drawn from (seed, epoch, index, attempt), replaces it: "replaced", bool [clips], is then True. Raises
     BadVideo after `attempts` bad videos in a row.
     """
@@ -822,7 +830,7 @@ class VideoClips(Dataset):
             path, label = self.videos[index]
             try:
                 sample = self.read_sample(path, label, index, *draw)
-                clips, *_ = sample.values()
+                clips = next(iter(sample.values()))  # any of them
                 return sample | {"replaced": torch.full((len(clips),), attempt > 1)}
             except BadVideo as error:
                 reason = last_line(error)
@@ -830,7 +838,7 @@ class VideoClips(Dataset):
             draw = *key, attempt
             with seeded(self.seed, *draw) as generator:
                 index = int(torch.randint(len(self.videos), (), generator=generator))
-        raise BadVideo(f"ten videos in a row cannot be read, the last one: {reason}")
+        raise BadVideo(f"{self.attempts} videos in a row cannot be read, the last one: {reason}")
 
     def read_sample(self, path, label, index, *draw):
         """Returns `sample` of a file, drawn from (seed, *draw)."""
@@ -852,9 +860,9 @@ class PretrainClips(VideoClips):
     `grid`: the encoder's token grid. `repeats`: clips per opened video, each with its own start, shift, crop
     and mask [mae_st]. dataset[epoch, index], R = repeats, S = size:
         online    uint8 [R, T, 3, S, S]   the view to be masked
-        target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`, like colors and video
+        target    uint8 [R, T, 3, S, S]   the shifted view; absent without `two_views`, as are colors and video_index
         colors    float32 [R, 11]         the target's colour augmentation (draw_colors)
-        video     int64 [R]               index of the video in `videos`
+        video_index  int64 [R]            of the video in `videos`
         mask      bool [R, N]             True = masked
         replaced  bool [R]                see VideoClips
     """
@@ -872,18 +880,19 @@ class PretrainClips(VideoClips):
         for _ in range(self.repeats):
             views = temporal_shift_indices(len(video), self.frames, self.rate, self.max_shift, generator)
             clips.append(torch.cat(views if self.two_views else views[:1]).tolist())
-        frames = video.frames(sum(clips, []))  # {index: uint8 [H, W, 3]}, decoded in one pass
+        images = video.frames(sum(clips, []))  # {index: uint8 [H, W, 3]}, decoded in one pass
         pixels = []
         for clip in clips:  # the same crop for both views
-            top, left, height, width = multi_scale_crop(*frames[clip[0]].shape[:2], generator)
-            crops = torch.stack([frames[i][top:top + height, left:left + width] for i in clip]).movedim(-1, 1)
+            top, left, height, width = multi_scale_crop(*images[clip[0]].shape[:2], generator)
+            crops = torch.stack([images[i][top:top + height, left:left + width] for i in clip]).movedim(-1, 1)
             pixels.append(v2.functional.resize(crops, [self.size, self.size], antialias=True))
         pixels = torch.stack(pixels).unflatten(1, (-1, self.frames))  # [R, 2 or 1, T, 3, S, S]
         mask = tube_mask(self.repeats, self.grid, self.mask_ratio, generator)
         sample = dict(online=pixels[:, 0], mask=mask)
         if self.two_views:
             colors = torch.stack([draw_colors() for _ in range(self.repeats)])
-            sample |= dict(target=pixels[:, 1], colors=colors, video=torch.full((self.repeats,), index))
+            sample |= dict(target=pixels[:, 1], colors=colors,
+                           video_index=torch.full((self.repeats,), index))
         return sample
 
 
@@ -900,7 +909,7 @@ CONTAINERS = (  # formats that contain their own frames: no playlists, no refere
 INDEXED = {"mov", "matroska"}  # formats with a timestamp per frame
 SKIPPING = {"h264", "hevc"}  # decoders that can skip frames packet by packet; libdav1d and vp9 cannot
 ONE_TO_ONE = {"h264", "hevc", "av1", "vp9", "mjpeg", "prores"}  # codecs with one shown frame per packet
-ANY_METADATA = dict(metadata_errors="replace") if int(av.__version__.split(".")[0]) < 19 else {}
+ANY_METADATA = dict(metadata_errors="replace") if int(av.__version__.split(".")[0]) < 19 else {}  # not UTF-8
 CONVERTED = {0, 1, 2, 4, 5, 6, 7, 9}  # matrices of H.273 that swscale 9 converts to RGB; 2: none given
 SideDataType._missing_ = classmethod(lambda cls, value: cls.PANSCAN)  # PyAV 18 raises for types of FFmpeg 8.1
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")  # see read_image
@@ -932,9 +941,9 @@ class Video:
     """The sequence of frames that `ffmpeg -i path` shows.
 
     `path`: a file, whose best video stream is read, or a folder of JPEG or PNG frames (see frame_files). If a
-    file's packets give a frame index that can be trusted, `read` seeks; else it decodes from the start, once if
-    the frames have at most MAX_KEPT pixels. A read that finds another number of frames than the index has
-    corrects the length and raises BadVideo: draw the indices again.
+    file's packets give a frame index that can be trusted, `read` seeks; else it decodes from the start, or takes
+    the frames that were kept when they were counted, if they have at most MAX_KEPT pixels. A read that finds
+    another number of frames than the index has corrects the length and raises BadVideo: draw the indices again.
     Raises BadVideo also if the file cannot be opened, has no frames, or exceeds the limits above.
     """
 
@@ -947,7 +956,7 @@ class Video:
                 self.images = frame_files(self.path)
                 self.length = len(self.images)
             else:
-                self._open(fflags="noparse")  # indexed formats have a frame per packet: half AV1's time
+                self._open(fflags="noparse")  # indexed formats need no parser, half of AV1's time
                 with contextlib.suppress(av.error.FFmpegError):
                     self._index_packets()
                 if not self.times:
@@ -1069,7 +1078,7 @@ class Video:
         frames, missing = {}, list(wanted)
         while missing:
             key = key_before(missing[0])
-            end = next(iter(self.keys[bisect_right(self.keys, key):]), self.times[-1])
+            end = min((time for time in self.keys if time > key), default=self.times[-1])  # next key frame
             self.container.seek((key + end) // 2, stream=self.stream)  # mp4 searches decoding times
             lowest = highest = bisect_left(self.times, key)  # an edit list may discard the key frame itself
             for frame in self._decode({self.times[i] for i in (lowest, *missing)}):
@@ -1121,7 +1130,7 @@ class Video:
 
         A display matrix of the first frame alone (H.264's message) holds for all.
         """
-        if frame.colorspace not in CONVERTED:  # as FFmpeg 5: BT.2020's for constant luminance, else BT.601's
+        if frame.colorspace not in CONVERTED:  # read as FFmpeg 5 does: by BT.2020 or BT.601
             frame.colorspace = 9 if frame.colorspace == 10 else 2
         width, height = self.size
         image = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height, threads=1))
@@ -1533,13 +1542,6 @@ def objects_of_ranks(value):
     return values
 
 
-def sum_over_ranks(x):
-    """Sum of a tensor over the ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
 def number(kind, interval):
     """Makes an argparse type: a number of `kind` in an interval such as "[0, 1)"."""
     low, high = (float(end) for end in interval[1:-1].split(","))
@@ -1566,7 +1568,7 @@ def argument_parser(text):
 def parse_settings(parser, recipes, argv):
     """Parses the command line -> settings, a Namespace.
 
-    The values of --recipe, a dict in `recipes`, replace the parser's defaults. --data clears --val's.
+    The values of --recipe, a dict in `recipes`, replace the parser's defaults. --data without --val drops the recipe's.
     settings.overridden: {name of a given flag: its default}.
     Raises CMAEVError for a wrong flag or value, and for --data without --recipe.
     """
@@ -1626,7 +1628,7 @@ def run_script(main):
 
 
 def join_ranks():
-    """Joins the process group of torchrun or SLURM, if there is one -> this rank's device."""
+    """Joins the process group that RANK and WORLD_SIZE name, if they do -> this rank's device."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: pages of 2 MiB instead of 4 KiB
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -1637,7 +1639,7 @@ def join_ranks():
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if (os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1") != ("0", "1"):
+    if (os.environ.get("RANK") or "0") != "0" or (os.environ.get("WORLD_SIZE") or "1") != "1":
         dist.init_process_group(backend)  # its errors name the environment variable that is missing
     return device
 
@@ -1650,7 +1652,8 @@ def hash_of(lists):
 def check_ranks(settings, device, *lists):
     """Raises CMAEVError on each rank if they differ in settings (except --workers), precision or lists."""
     here = vars(settings) | dict(amp=amp_dtype(settings.amp, device), workers=0, lists=hash_of(lists))
-    differ = {name for there in objects_of_ranks(here) for name in here if there[name] != here[name]}
+    ranks = objects_of_ranks(here)
+    differ = [name for name in here if any(there[name] != here[name] for there in ranks)]
     if differ:
         raise CMAEVError(f"the ranks differ in {', '.join(sorted(differ))}: give all the same command and lists")
 
@@ -1696,7 +1699,7 @@ def ignore_signals(worker):
 def loader(clips, workers, device, **order):
     """The DataLoader that all loops use. workers None: on a GPU one per core, at most 16 per rank; else 2."""
     if workers is None and device.type == "cuda":
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         workers = min(16, max(1, cores))
     elif workers is None:
         workers = 2  # the CPU trains
@@ -1709,14 +1712,14 @@ def rank_indices(clips):
     return [(0, i) for i in range(this_rank(), len(clips), world_size())]
 
 
-def batches(num_videos, batch, steps, seed, start=0, parts=1):
-    """Yields this rank's micro-batches, `parts` per step, from step `start` on: lists of (epoch, index).
+def batches(num_videos, batch, steps, seed, start=0, num_micro_batches=1):
+    """Yields this rank's micro-batches, `num_micro_batches` per step, from step `start` on: lists of (epoch, index).
 
     Each epoch is a permutation of the videos, seeded by (seed, epoch), cut into global batches and then into
     ranks. It drops the videos left over at its end. One iterator serves all epochs: workers never restart.
     """
     per_epoch, per_rank = num_videos // batch, batch // world_size()
-    size = per_rank // parts
+    size = per_rank // num_micro_batches
     for step in range(start, steps):
         epoch, i = divmod(step, per_epoch)
         if i == 0 or step == start:
@@ -1727,7 +1730,7 @@ def batches(num_videos, batch, steps, seed, start=0, parts=1):
             yield [(epoch, index) for index in order[k:k + size]]
 
 
-def micro_batches(s, repeats=1):
+def count_micro_batches(s, repeats=1):
     """Number of micro-batches per step and rank. Raises CMAEVError if --batch-size does not divide into them.
 
     `repeats`: how many clips of each video stay together.
@@ -1736,15 +1739,15 @@ def micro_batches(s, repeats=1):
     size = min(s.micro_batch, per_rank) or per_rank
     if s.batch_size % world_size() or per_rank % size or size % repeats:
         raise CMAEVError(f"{flag(s, 'batch_size')}: give a multiple of {world_size()} ranks x "
-                         f"{flag(s, 'micro_batch')} (0: all), and this a multiple of {repeats} repeats")
+                         f"{flag(s, 'micro_batch')} (0: all), which must be a multiple of {repeats} repeats")
     return per_rank // size
 
 
 class Feed:
     """A loader's batches on the device, [videos, repeats, ...] -> [repeats x videos, ...]; masks on the CPU.
 
-    Clips of one video are apart, as mixup and cutmix mix neighbours. On CUDA the copies run from pinned
-    memory on their own stream, during the previous step.
+    The clips of one video are not neighbours, because mixup and cutmix mix neighbours. On CUDA the copies run
+    from pinned memory on their own stream, during the previous step.
     """
 
     def __init__(self, source, device):
@@ -1758,10 +1761,10 @@ class Feed:
             with torch.cuda.stream(self.copies):
                 batch = {name: x if name == "mask" else x.to(self.device, non_blocking=True)
                          for name, x in batch.items()}
-            step = torch.cuda.current_stream()
-            step.wait_stream(self.copies)
+            stream = torch.cuda.current_stream()
+            stream.wait_stream(self.copies)
             for name in batch.keys() - {"mask"}:
-                batch[name].record_stream(step)  # its memory is not reused before the step has read it
+                batch[name].record_stream(stream)  # its memory is not reused before the step has read it
         batch = {name: x.transpose(0, 1).flatten(0, 1) for name, x in batch.items()}
         self.waits.append((began, self.mark()))
         return batch
@@ -1791,7 +1794,7 @@ def amp_dtype(name, device):
 
 def grad_scaler(dtype, device):
     """Scales the loss for fp16. For bf16 and float32 the scale stays 1: the scaler only skips bad steps."""
-    scale, interval = (2.0**16, 2000) if dtype is torch.float16 else (1.0, 0)  # resume compares the intervals
+    scale, interval = (2.0**16, 2000) if dtype is torch.float16 else (1.0, 0)  # tells resume of another --amp
     return torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=interval)
 
 
@@ -1830,9 +1833,9 @@ def learning_rate(step, warmup, steps, start, peak, floor):
 
 def set_learning_rate(optimizer, s, step, per_epoch):
     """Sets each group's rate to lr * group["scale"] -> lr. The settings' rates are per --batch-size 256."""
-    scale = s.batch_size / 256
+    per_256 = s.batch_size / 256
     lr = learning_rate(step, s.warmup_epochs * per_epoch, s.epochs * per_epoch,
-                       scale * s.warmup_lr, scale * s.lr, scale * s.min_lr)
+                       per_256 * s.warmup_lr, per_256 * s.lr, per_256 * s.min_lr)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
     return lr
@@ -1864,7 +1867,7 @@ class Meter:
         self.step, self.began = 0, time.perf_counter()  # of the last log line
         self.counts = dict(bad_clips=0, skipped_steps=0)  # of the whole run
         self.sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=device)
-        self.in_a_row = torch.zeros((), device=device)  # the last steps, as far as they were skipped
+        self.in_a_row = torch.zeros((), device=device)  # skipped steps, up to the last one
 
     def add(self, values, grad_norm, replaced):
         """Adds a step's values, a float scalar per name, unless it was skipped; counts its replaced clips."""
@@ -1875,7 +1878,7 @@ class Meter:
     def read(self, step, clips, per_epoch, bad_share):
         """Returns a log line's record: means over steps and ranks, counts, speed. Synchronises.
 
-        `clips` per step; `per_epoch` steps. Raises CMAEVError if the last 20 steps were all skipped, or if
+        `clips`: per step; `per_epoch`: steps. Raises CMAEVError if the last 20 steps were all skipped, or if
         bad videos exceed `bad_share` of the clips so far, or of one epoch's clips if these are more.
         """
         *sums, skipped, replaced = sum_over_ranks(self.sums).tolist()
@@ -1890,8 +1893,8 @@ class Meter:
                              "bad-videos.jsonl names: take them off the list, or give a larger --bad-share")
         seconds, steps = time.perf_counter() - self.began, step - self.step
         self.step, self.began = step, time.perf_counter()
-        taken = max(steps * world_size() - skipped, 1)
-        means = {name: x / taken for name, x in zip(self.names, sums)}
+        taken = steps * world_size() - skipped
+        means = {name: x / taken if taken else math.nan for name, x in zip(self.names, sums)}
         return dict(step=step, epoch=step / per_epoch) | means | self.counts | dict(
             seconds=seconds, step_ms=1000 * seconds / steps, clips_per_s=steps * clips / seconds,
             memory_mib=torch.cuda.max_memory_allocated() / 2**20)  # 0 on a CPU

@@ -511,7 +511,7 @@ def take_sizes_of_init(s):
         except (KeyError, ValueError):
             return  # it holds no encoder: load_encoder says so
         for name, (_, entry) in cmaev.ENCODERS.items():
-            if entry.items() - {("fusion", True)} <= sizes.items():
+            if entry.items() <= sizes.items():
                 sizes["encoder"] = name
         sizes["size"] = np.ravel(sizes["size"])[0].item()
     for name in sorted(SIZES & sizes.keys()):
@@ -528,7 +528,7 @@ def train(s, device):
     world, run, dtype = cmaev.world_size(), Path(s.out), cmaev.amp_dtype(s.amp, device)
     videos, tests, names, about = read_classes(s)
     cmaev.check_ranks(s, device, videos, tests, names)
-    parts = cmaev.micro_batches(s)
+    parts = cmaev.count_micro_batches(s)
     if len(videos) < s.batch_size:
         raise CMAEVError(f"{cmaev.flag(s, 'batch_size')}: give no more than the {len(videos)} videos")
     if s.batch_size // (world * parts) < 2 and (s.mixup or s.cutmix):

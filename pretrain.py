@@ -23,11 +23,11 @@ from torchvision.utils import save_image
 DEMO = "data/demo/train.txt"
 METRICS = ("loss", "reconstruction", "contrast", "accuracy")
 
-# Differences from the flags' defaults, the paper's for K400; see README, "Where the paper is silent"
+# What differs from the flags' defaults, which are the paper's for K400 (README, "Where the paper is silent")
 RECIPES = {
     "demo": dict(data=DEMO, out="runs/pretrain-demo", encoder="vit_tiny", frames=8, size=56, patch=8,
-                 mask_ratio=0.8, momentum=0.99, epochs=45, warmup_epochs=2, batch_size=16, lr=5e-3, log_every=50,
-                 save_every=250, picture_every=250),
+                 mask_ratio=0.8, momentum=0.99, epochs=45, warmup_epochs=2, batch_size=16, lr=5e-3,
+                 log_every=50, save_every=250, picture_every=250),
     "small": dict(out="runs/pretrain-small", encoder="vit_small", size=112, patch=8, epochs=200,
                   warmup_epochs=20, batch_size=256, micro_batch=64),
     "k400": dict(out="runs/pretrain-k400"),
@@ -42,10 +42,10 @@ def add_shared_settings(parser):
     flag = argparse.BooleanOptionalAction
     add = parser.add_argument_group("videos").add_argument
     add("--data", default="", help="list file (`path label` per line) or folder of class folders")
-    add("--val", default="", help="the same: pre-training logs L_r of these videos, fine-tuning evaluates on them")
+    add("--val", default="", help="the same: videos to log L_r of, or to evaluate fine-tuning on")
     add("--out", help="the run's folder")
-    add("--subset", type=cmaev.WHOLE, default=0, help="only the first N videos of a seeded shuffle")
-    add("--bad-share", type=cmaev.SHARE, default=0.05, help="stop if more than this share of clips is of bad videos")
+    add("--subset", type=cmaev.WHOLE, default=0, help="only the first N videos of a seeded shuffle; 0: all")
+    add("--bad-share", type=cmaev.SHARE, default=0.05, help="stop if more clips are of bad videos")
 
     add = parser.add_argument_group("model").add_argument
     add("--encoder", default="vit_base", help=", ".join(cmaev.ENCODERS))
@@ -58,38 +58,38 @@ def add_shared_settings(parser):
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=cmaev.COUNT, default=800, help="passes over the videos")
     add("--warmup-epochs", type=cmaev.WHOLE, default=40, help="epochs of linear warm-up")
-    add("--batch-size", type=cmaev.COUNT, default=2048, help="clips (fine-tuning: videos) per step over all ranks")
-    add("--micro-batch", type=cmaev.WHOLE, default=0, help="of these, per rank and pass, to save memory; 0: all")
-    add("--lr", type=cmaev.POSITIVE, default=1.5e-4, help="base learning rate, times batch size / 256")
-    add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, times batch size / 256")
-    add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-5, help="end of the cosine, times batch size / 256")
+    add("--batch-size", type=cmaev.COUNT, default=2048, help="clips (fine-tuning: videos) per step, all ranks")
+    add("--micro-batch", type=cmaev.WHOLE, default=0, help="of these per rank at a time, to save memory; 0: all")
+    add("--lr", type=cmaev.POSITIVE, default=1.5e-4, help="learning rate, times batch size / 256")
+    add("--warmup-lr", type=cmaev.NOT_NEGATIVE, default=1e-6, help="start of the warm-up, likewise")
+    add("--min-lr", type=cmaev.NOT_NEGATIVE, default=1e-5, help="end of the cosine, likewise")
     add("--beta1", type=cmaev.BELOW_ONE, default=0.9, help="AdamW")
     add("--beta2", type=cmaev.BELOW_ONE, default=0.95, help="AdamW")
     add("--weight-decay", type=cmaev.NOT_NEGATIVE, default=0.05, help="AdamW; not on biases and norms")
     add("--clip-grad", type=cmaev.NOT_NEGATIVE, default=0.0, help="largest gradient norm; 0: unlimited")
-    add("--seed", type=cmaev.number(int, f"[0, {2**64})"), default=0, help="of the weights, the order and the samples")
+    add("--seed", type=cmaev.number(int, f"[0, {2**64})"), default=0, help="of weights, order, samples")
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
         help="auto: bf16 if the device is fast at it, else fp16 (GPU) or none (CPU)")
     add("--compile", action=flag, default=False, help="torch.compile")
-    add("--workers", type=cmaev.WHOLE, help="decoding processes per rank; on a GPU one per core, at most 16, else 2")
+    add("--workers", type=cmaev.WHOLE, help="decoding processes per rank; GPU: a core each, at most 16; CPU: 2")
     add("--log-every", type=cmaev.COUNT, default=20, help="steps per log line")
-    add("--save-every", type=cmaev.COUNT, default=1000, help="steps per checkpoint, saved at the next log line")
+    add("--save-every", type=cmaev.COUNT, default=1000, help="steps per checkpoint, at log lines")
 
 
 def read_settings():
     parser = cmaev.argument_parser(__doc__)
     add = parser.add_argument_group("method").add_argument
-    add("--init", default="none", help="weights to start from: a run, a file of this project, VideoMAE or Hugging Face")
-    add("--repeats", type=cmaev.COUNT, default=1, help="clips per opened video; multiplies the steps per epoch")
+    add("--init", default="none", help="weights to start from: a run, or a file, also VideoMAE's")
+    add("--repeats", type=cmaev.COUNT, default=1, help="clips per opened video; multiplies steps")
     add("--rate", type=cmaev.COUNT, default=4, help="sampling rate r: every r-th frame")
     add("--max-shift", type=cmaev.WHOLE, default=8, help="p: the target view starts 0 to p frames later")
     add("--mask-ratio", type=cmaev.number(float, "(0, 1)"), default=0.9, help="share of masked tubes")
-    add("--contrast-weight", type=cmaev.NOT_NEGATIVE, default=0.14, help="lambda_c; 0: VideoMAE or video ConvMAE")
+    add("--contrast-weight", type=cmaev.NOT_NEGATIVE, default=0.14, help="lambda_c; 0: no target branch")
     add("--temperature", type=cmaev.POSITIVE, default=0.07, help="tau of InfoNCE")
     add("--momentum", type=cmaev.SHARE, default=0.996, help="EMA momentum of the target encoder")
-    add("--color-augment", action=argparse.BooleanOptionalAction, default=True, help="augment the target's colours")
+    add("--color-augment", action=argparse.BooleanOptionalAction, default=True, help="of the target view")
 
     add = parser.add_argument_group("pictures of reconstructions").add_argument
     add("--picture-every", type=cmaev.WHOLE, default=1000, help="steps per picture; 0: none")
@@ -98,21 +98,21 @@ def read_settings():
 
 
 def read_videos(s):
-    """--data, --subset -> read_list's videos. Raises CMAEVError where they do not fill a step."""
+    """The training videos, read_list's; makes the demo's. Raises CMAEVError where they do not fill a step."""
     if s.data == DEMO and not os.path.exists(DEMO) and cmaev.this_rank() == 0:
         cmaev.print0("making the demo's videos in data/demo")
         demo_videos.make_demo(Path(DEMO).parent)
     cmaev.objects_of_ranks(None)  # the other ranks wait for the videos
     if s.batch_size < 2:
         raise cmaev.CMAEVError(f"--batch-size {s.batch_size}: give at least 2")
-    cmaev.micro_batches(s, s.repeats)
+    cmaev.count_micro_batches(s, s.repeats)  # checks --batch-size
     if not s.data:
         raise cmaev.CMAEVError(f"the recipe {s.recipe} needs --data: a list (`path label` per line) or class "
                                "folders")
     videos = cmaev.subset(cmaev.read_list(s.data), s.subset, s.seed)
     if len(videos) * s.repeats < s.batch_size:
-        raise cmaev.CMAEVError(f"{cmaev.flag(s, 'batch_size')}: give no more than the {len(videos) * s.repeats} "
-                               f"clips that the {len(videos)} videos of {s.data} give")
+        raise cmaev.CMAEVError(f"{cmaev.flag(s, 'batch_size')}: give no more than the "
+                               f"{len(videos) * s.repeats} clips that the {len(videos)} videos of {s.data} give")
     cmaev.check_readable(videos)
     return videos
 
@@ -131,7 +131,7 @@ def build(s, device):
     dtype = cmaev.amp_dtype(s.amp, device)
     scaler = cmaev.grad_scaler(dtype, device)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
-    num_micro_batches = cmaev.micro_batches(s, s.repeats)
+    num_micro_batches = cmaev.count_micro_batches(s, s.repeats)
     compiled = torch.compile if s.compile else lambda function: function
     parallel = compiled(cmaev.data_parallel(model))
     normalize, augment_colors = compiled(cmaev.normalize), compiled(cmaev.augment_colors)
@@ -141,13 +141,13 @@ def build(s, device):
         online, target = normalize(batch["online"]), batch.get("target")
         if target is not None:
             target = normalize(augment_colors(target, batch["colors"]) if s.color_augment else target)
-        return online, target, batch["mask"], batch.get("video")
+        return online, target, batch["mask"], batch.get("video_index")
 
     def train_step(feed):
         if num_micro_batches == 1:
             batch = next(feed)
             replaced = batch["replaced"].sum()
-            inputs = model_inputs(batch)  # not under autocast
+            inputs = model_inputs(batch)  # in float32: outside autocast
             with autocast():
                 losses = parallel(*inputs)
             scaler.scale(losses["loss"]).backward()
@@ -166,36 +166,36 @@ def build(s, device):
         a sum over clips. The cost: the encoder runs twice on its visible tokens.
         """
         weight, replaced = s.contrast_weight, 0
-        kept, feature_rows = [], []
+        kept, parts = [], []
         for _ in range(num_micro_batches):  # 1. the features of all clips, without gradient
             batch = next(feed)
             replaced += batch["replaced"].sum()
             kept.append({name: batch[name] for name in ("online", "mask")})
             if weight:
-                online, target, mask, video = model_inputs(batch)
+                online, target, mask, video_index = model_inputs(batch)
                 with autocast():
-                    feature_rows.append((*features(online, target, mask), video))
+                    parts.append((*features(online, target, mask), video_index))
 
         if weight:  # 2. L_c of the whole batch, and g
-            f, target_feature, video = map(torch.cat, zip(*feature_rows))
+            f, target_feature, video_index = (torch.cat(rows) for rows in zip(*parts))
             f = f.float().requires_grad_()
             with autocast():
-                contrast, accuracy = model.contrastive_loss(f, target_feature, video)
+                contrast, accuracy = model.contrastive_loss(f, target_feature, video_index)
                 loss = scaler.scale(weight * contrast)
-            g = torch.autograd.grad(loss, f)[0] / scaler.scale(torch.ones_like(loss))
+            g = torch.autograd.grad(loss, f)[0] / scaler.scale(torch.ones_like(loss))  # unscaled
 
         reconstruction = first = 0
         for batch in kept:  # 3. each micro-batch again, with gradient: its share of L_r, and <f, g>
             inputs = model_inputs(batch)
             end, last = first + len(batch["mask"]), batch is kept[-1]
-            parallel.require_backward_grad_sync = last  # when DDP averages the gradients
+            parallel.require_backward_grad_sync = last  # DDP averages the gradients then
             with autocast():
                 losses = parallel(*inputs)
                 loss = losses["reconstruction"] / num_micro_batches
                 reconstruction = reconstruction + loss.detach()
-                if weight and last:  # L_c itself, for the gradient of the heads too
+                if weight and last:  # L_c itself: DDP wants the heads' gradient in the pass that it averages
                     whole = torch.cat([f.detach()[:first], losses["feature"].float()])
-                    loss = loss + weight * model.contrastive_loss(whole, target_feature, video)[0]
+                    loss = loss + weight * model.contrastive_loss(whole, target_feature, video_index)[0]
                 elif weight:
                     loss = loss + (losses["feature"] * g[first:end]).sum()
             scaler.scale(loss).backward()
@@ -225,7 +225,7 @@ def main():
                     mask_ratio=s.mask_ratio, log=run / "bad-videos.jsonl")
     clips = cmaev.PretrainClips(videos, **sampling, repeats=s.repeats, seed=s.seed,
                                 two_views=s.contrast_weight > 0)
-    held_out = cmaev.PretrainClips(held_out_videos, **sampling, two_views=False)  # of seed 0 for every --seed
+    held_out = cmaev.PretrainClips(held_out_videos, **sampling, two_views=False)  # the same for every --seed
     per_epoch = len(videos) * s.repeats // s.batch_size
     steps = s.epochs * per_epoch
 
@@ -253,7 +253,7 @@ def main():
         cmaev.save_checkpoint(run, step, state)
 
     received = cmaev.notice_signals()
-    num_micro_batches = cmaev.micro_batches(s, s.repeats)
+    num_micro_batches = cmaev.count_micro_batches(s, s.repeats)
     order = cmaev.batches(len(videos), s.batch_size // s.repeats, steps, s.seed, start, num_micro_batches)
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=order), device)
     for step in range(start, steps):
@@ -265,7 +265,7 @@ def main():
         last = done == steps
         if done > 1 and done % s.log_every and not last:
             continue
-        due = lambda every: every > 0 and (last or done // every > meter.step // every)  # since the last line
+        due = lambda every: every > 0 and (last or done // every > meter.step // every)  # before meter.read
         save, picture, stop = due(s.save_every), due(s.picture_every), received()
         record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
         record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
@@ -296,17 +296,15 @@ def held_out_reconstruction(model, clips, s, device):
     batch = s.micro_batch or s.batch_size // cmaev.world_size()
     for sample in cmaev.loader(clips, s.workers, device, batch_size=batch, sampler=cmaev.rank_indices(clips)):
         clip = cmaev.normalize(sample["online"][:, 0].to(device, non_blocking=True))
-        visible, masked = cmaev.visible_and_masked(sample["mask"][:, 0], device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            prediction = model.decoder(model.encoder(clip, visible), visible, masked)
-            loss = cmaev.reconstruction_loss(prediction, clip, masked, model.encoder.grid)
+            loss = model(clip, None, sample["mask"][:, 0])["reconstruction"]
         total += torch.stack([loss * len(clip), loss.new_tensor(len(clip))])
     loss, count = cmaev.sum_over_ranks(total).tolist()
     return loss / count
 
 
 def draw(model, clips, device, path, count=3, columns=8):
-    """Draws the first videos: original, masked, mean colours, reconstructed, one row each. Enlarges small frames."""
+    """Draws the first videos: original, masked, mean colours, reconstructed. Enlarges small frames."""
     samples = [clips[0, index] for index in range(min(count, len(clips)))]
     online = cmaev.normalize(torch.stack([sample["online"][0] for sample in samples]).to(device))
     rows = model.reconstruct(online, torch.stack([sample["mask"][0] for sample in samples]))

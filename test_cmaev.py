@@ -151,7 +151,7 @@ def write_list(path, videos):
 
 SMALL, TINY = dict(frames=4, size=(32, 48), tubelet=2, patch=16), dict(frames=4, size=32, tubelet=2, patch=8)
 cmaev.ENCODERS["vit_test"] = cmaev.VisionTransformer, dict(width=64, depth=2, heads=2)
-cmaev.ENCODERS["convvit_test"] = cmaev.ConvViT, dict(widths=(16, 32, 64), depths=(1, 1, 1), heads=2, fusion=True)
+cmaev.ENCODERS["convvit_test"] = cmaev.ConvViT, dict(widths=(16, 32, 64), depths=(1, 1, 1), heads=2)
 DIFFERENCES = {  # what both of two ranks are given: --lr, a list, the checkpoint's step; how they differ
     "": 2 * [(1.0, ["a"], 4)], "lr": [(1.0, [], 0), (2.0, [], 0)], "lists": [(1.0, ["a"], 0), (1.0, ["b"], 0)],
     "lists, lr": [(1.0, ["a"], 0), (2.0, [], 0)], "checkpoint.pt": [(1.0, [], 4), (1.0, [], 0)]}
@@ -222,7 +222,7 @@ def train_steps(encoder, clips, micro_batch, *more):
         model, _, _, train_step = pretrain.build(pretrain.read_settings(), torch.device("cpu"))
         _, (online, target, mask) = tiny_model(batch=clips)
         pixels = lambda x: (255 * cmaev.to_unit_range(x).clamp(0, 1)).byte().transpose(1, 2)
-        batch = dict(online=pixels(online), target=pixels(target), mask=mask, video=VIDEOS[:clips],
+        batch = dict(online=pixels(online), target=pixels(target), mask=mask, video_index=VIDEOS[:clips],
                      replaced=torch.zeros(clips, dtype=torch.bool))
         parts = {name: x.chunk(world)[rank].split(micro_batch or clips // world) for name, x in batch.items()}
         micro_batches = [dict(zip(parts, rows)) for rows in zip(*parts.values())]
@@ -863,7 +863,7 @@ def test_sample_against_a_plain_decode(demo):
             assert (sample[name][r].float() - expected).abs().max() <= 1  # uint8 rounding
     assert len({tuple(view.tolist()) for views in indices for view in views}) > 10  # clips differ, views are shifted
     assert sample["mask"].shape == (10, 32) and (sample["mask"].sum(dim=1) == 24).all()
-    assert sample["video"].tolist() == 10 * [index]
+    assert sample["video_index"].tolist() == 10 * [index]
     assert len({str(draw) for draw in sample["colors"].tolist()}) > 6  # some change nothing
     stills = sample["target"][:, :1].expand(-1, 4, -1, -1, -1)
     colored = cmaev.augment_colors(stills, sample["colors"])
@@ -1641,7 +1641,7 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--data good.mp4": "good.mp4: is not a text file",
         "--data audio.txt --repeats 4": "audio.mp4: has no video stream", "--size 50": "50x50 pixels does not divide",
         "--data text.txt --repeats 4": "text.mp4: cannot be opened as a video", "--frames 3": "3 frames of 56x56",
-        "--data late.txt --workers 1 --out late": "ten videos in a row cannot be read, the last one: audio.mp4: has no",
+        "--data late.txt --workers 1 --out late": "10 videos in a row cannot be read, the last one: audio.mp4: has no",
         "--encoder vgg": "no encoder 'vgg'", "--encoder convvit_tiny --size 60 --patch 6": "patch size 6",
         "--batch-size 16": "--batch-size 16: give no more than",
         "--batch-size 5 --repeats 2": "--micro-batch 0 (0: all), and this a multiple of 2 repeats",
@@ -2575,9 +2575,9 @@ def test_faults_bad_videos_are_replaced(demo, spoilt, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one) and one["replaced"].all()
     gone = Path(shutil.copy(clips.videos[-1][0], tmp_path / "gone.mp4"))
     clips.videos = [(str(gone), None), *clips.videos[-8:]]
-    assert not clips[0, 0]["replaced"].any() and clips[0, 0]["video"] == 0
+    assert not clips[0, 0]["replaced"].any() and clips[0, 0]["video_index"] == 0
     gone.unlink()
-    assert clips[0, 0]["replaced"].all() and clips[0, 0]["video"] > 0
+    assert clips[0, 0]["replaced"].all() and clips[0, 0]["video_index"] > 0
     assert "no such file" in log.open().readlines()[-1]
 
 
@@ -2845,7 +2845,7 @@ def test_gpu_step_never_waits_for_the_device(demo, monkeypatch, encoder, amp):
     clips, meter = pretrain_clips(demo), cmaev.Meter(["loss"], device)
     parts = 2 if "micro" in amp else 1
     feed = cmaev.Feed(cmaev.loader(clips, 0, device, batch_sampler=cmaev.batches(
-        len(clips), 4, 8, 0, parts=parts)), device)
+        len(clips), 4, 8, 0, num_micro_batches=parts)), device)
     try:
         for step in range(8):
             torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")  # memory and kernels are there by then

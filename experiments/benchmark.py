@@ -67,7 +67,7 @@ def synthetic_batch(s, model, count, device):
                  replaced=torch.zeros(count, 1, dtype=torch.bool))
     if s.contrast_weight:
         batch.update(target=pixels(), colors=torch.stack([cmaev.draw_colors() for _ in range(count)])[:, None],
-                     video=torch.arange(count)[:, None])
+                     video_index=torch.arange(count)[:, None])
     return {name: x.pin_memory() for name, x in batch.items()} if device.type == "cuda" else batch
 
 
@@ -77,7 +77,7 @@ def main():
     world = cmaev.world_size()
     videos = pretrain.read_videos(s) if s.data else []
     model, optimizer, _, train_step = pretrain.build(s, device)
-    parts = cmaev.micro_batches(s, s.repeats)
+    parts = cmaev.count_micro_batches(s, s.repeats)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     flops, dtype = clip_flops(model, s.mask_ratio), cmaev.amp_dtype(s.amp, device)
@@ -89,7 +89,7 @@ def main():
         clips = cmaev.PretrainClips(videos, model.encoder.grid, s.frames, s.rate, s.max_shift, s.size, s.mask_ratio,
                                     s.repeats, s.seed, two_views=s.contrast_weight > 0)
         load = cmaev.loader(clips, s.workers, device, batch_sampler=cmaev.batches(
-            len(videos), s.batch_size // s.repeats, 2 * (warm + STEPS), s.seed, parts=parts))
+            len(videos), s.batch_size // s.repeats, 2 * (warm + STEPS), s.seed, num_micro_batches=parts))
         feeds["data"] = feeds["reading"] = cmaev.Feed(load, device)
 
     rows = {}
