@@ -1,11 +1,9 @@
-"""Every part against something independent of it: a slow loop, float64, another decoder, one process against two.
+"""Each part against something independent of it: a slow loop, float64, another decoder, one process against two.
 
-    pytest                     everything that a CPU can do
+    pytest                     what a CPU can do in two minutes
+    SLOW=1 pytest              all, as .ci/run: also kills, several ranks, start methods, slow films
     LONG=1 pytest -k faults    the fault tests at full length
     GPU=1 pytest -k gpu        the GPU's tests; all others run on the CPU, where results are deterministic
-
-Run as a script, by the torchrun of the fixture `two_ranks`, this file does one rank's part: work_as_rank, at the end of
-the helpers.
 """
 
 import argparse
@@ -25,26 +23,28 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import timeit
 import zlib
 from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import av
 import numpy as np
 import pytest
 
 GPU, LONG = "GPU" in os.environ, "LONG" in os.environ
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are small, and processes run side by side
 if not GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException, FakeTensor, FakeTensorMode, unset_fake_temporarily)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
@@ -65,16 +65,17 @@ pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding
               pytest.mark.filterwarnings("ignore:Unable to enable fault handler")]  # pytest has taken stderr
 
 
-# Helpers: files ------------------------------------------------------------------------------------------------------
+# Helpers: files ---------------------------------------------------------------------------------------------
 
-def write_noise(path, codec="libx264", frames=60, size=(48, 64), pixels="yuv420p", times=None, muxer={}, title="",
-                **options):
-    """A video file of noise that moves, each frame unlike the others; `times` are its timestamps in 1/25 s."""
+def write_noise(path, codec="libx264", frames=60, size=(48, 64), pixels="yuv420p", times=None, muxer={},
+                title="", **options):
+    """A video of moving noise, each frame unlike the others; `times`: its timestamps in 1/25 s."""
     height, width = size
     noise = np.random.default_rng(0).integers(0, 256, (height + frames, width, 3), dtype=np.uint8)
     with av.open(str(path), "w", options=muxer) as container:
         container.metadata["title"] = title
-        stream = container.add_stream(codec, rate=25, options={k.replace("_", "-"): v for k, v in options.items()})
+        options = {name.replace("_", "-"): value for name, value in options.items()}
+        stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, pixels
         for i, pts in enumerate(times or range(frames)):
             frame = av.VideoFrame.from_ndarray(noise[i:i + height], "rgb24")
@@ -85,32 +86,30 @@ def write_noise(path, codec="libx264", frames=60, size=(48, 64), pixels="yuv420p
 
 
 def decode_all(path):
-    """Every frame of the best stream: packet by packet, errors ignored, the decoder flushed."""
-    frames, packet = [], True
+    """Every frame of the best stream, decoded from the start; errors are ignored."""
+    frames, packets = [], []
     with av.open(str(path), **cmaev.ANY_METADATA) as container:
         stream = container.streams.best("video")
         stream.codec_context.thread_count = 1  # FFmpeg conceals damaged frames by it
-        packets = container.demux(stream)
-        while packet is not None:
-            packet = None
+        with contextlib.suppress(av.error.FFmpegError):
+            packets.extend(packet for packet in container.demux(stream) if packet.size)
+        for packet in (*packets, None):  # None flushes the decoder
             with contextlib.suppress(av.error.FFmpegError):
-                packet = next(packets, None)
-            with contextlib.suppress(av.error.FFmpegError):
-                if packet is None or packet.size:
-                    frames += [frame.to_ndarray(format="rgb24") for frame in stream.codec_context.decode(packet)]
+                frames += [frame.to_ndarray(format="rgb24") for frame in stream.codec_context.decode(packet)]
     return np.stack(frames)
 
 
 def copy_packets(path, sources, skip=0, bits=""):
-    """Copies the sources' video streams, without their first packets, into one file; the last stream is its default.
+    """Copies the sources' video streams into one file, whose last one is its default.
 
-    `bits`: a bit-stream filter for the packets.
+    `skip`: the first packets to leave out; `bits`: a bit-stream filter.
     """
     with av.open(str(path), "w") as new, contextlib.ExitStack() as stack:
         old = [stack.enter_context(av.open(str(source))) for source in sources]
         streams = [new.add_stream_from_template(container.streams.video[0]) for container in old]
-        for i, stream in enumerate(reversed(streams)):
-            stream.disposition = av.stream.Disposition(0) if i else av.stream.Disposition.default
+        for stream in streams:
+            default = av.stream.Disposition.default
+            stream.disposition = default if stream is streams[-1] else av.stream.Disposition(0)
         for container, stream in zip(old, streams):
             packets = [packet for packet in container.demux(video=0) if packet.size][skip:]
             if bits:
@@ -123,11 +122,11 @@ def copy_packets(path, sources, skip=0, bits=""):
 
 
 def check_frames(path, count=None):
-    """Video against decode_all: each frame alone in random order, several with repeats, all in one read -> Video."""
+    """Video against decode_all: each frame alone, some with repeats, all in one read -> Video."""
     expected, video, rng = decode_all(path), cmaev.Video(path), np.random.default_rng(2)
+    every = range(len(expected))
     assert len(video) == len(expected) == (count or len(expected))
-    reads = [*rng.permutation(len(expected))[:, None], *rng.integers(0, len(expected), (4, 7)), range(len(expected))]
-    for indices in reads:
+    for indices in (*rng.permutation(every)[:, None], *rng.integers(0, len(expected), (4, 7)), every):
         assert np.array_equal(video.read(indices), expected[indices]), indices
     return video
 
@@ -147,23 +146,26 @@ def write_list(path, videos):
     return path
 
 
-# Helpers: models and clips -------------------------------------------------------------------------------------------
+# Helpers: models and clips ----------------------------------------------------------------------------------
 
 SMALL, TINY = dict(frames=4, size=(32, 48), tubelet=2, patch=16), dict(frames=4, size=32, tubelet=2, patch=8)
 cmaev.ENCODERS["vit_test"] = cmaev.VisionTransformer, dict(width=64, depth=2, heads=2)
 cmaev.ENCODERS["convvit_test"] = cmaev.ConvViT, dict(widths=(16, 32, 64), depths=(1, 1, 1), heads=2)
-DIFFERENCES = {  # what both of two ranks are given: --lr, a list, the checkpoint's step; how they differ
-    "": 2 * [(1.0, ["a"], 4)], "lr": [(1.0, [], 0), (2.0, [], 0)], "lists": [(1.0, ["a"], 0), (1.0, ["b"], 0)],
-    "lists, lr": [(1.0, ["a"], 0), (2.0, [], 0)], "checkpoint.pt": [(1.0, [], 4), (1.0, [], 0)]}
+DIFFERENCES = {  # how rank 1 of two differs from rank 0: its --lr, a list, its checkpoint's step
+    "": (1.0, ["a"], 4), "lr": (2.0, ["a"], 4), "lists": (1.0, ["b"], 4), "lists, lr": (2.0, ["b"], 4),
+    "checkpoint.pt": (1.0, ["a"], 0)}
 VIDEOS = torch.tensor([0, 1, 2, 0, 3, 0, 4, 1, 0, 5, 6, 6])  # of 12 clips, some of the same video
 both_encoders = pytest.mark.parametrize("encoder", ["vit_test", "convvit_test"])
+mostly_vit = pytest.mark.parametrize("encoder", ["vit_test", pytest.param("convvit_test", marks=slow)])
 
 
 def small_encoder(name, **changes):
     """An encoder for clips of 4 frames of 32 x 48, without zero biases, which would hide mistakes."""
-    sizes = dict(vit=dict(width=24, depth=2, heads=2), convvit=dict(widths=(8, 12, 24), depths=(2, 1, 2), heads=2))
     torch.manual_seed(0)
-    model = dict(vit=cmaev.VisionTransformer, convvit=cmaev.ConvViT)[name](**sizes[name] | SMALL | changes)
+    if name == "vit":
+        model = cmaev.VisionTransformer(**dict(width=24, depth=2, heads=2) | SMALL | changes)
+    else:
+        model = cmaev.ConvViT(**dict(widths=(8, 12, 24), depths=(2, 1, 2), heads=2) | SMALL | changes)
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return model
@@ -174,7 +176,8 @@ def tiny_model(encoder="vit_test", batch=6, **settings):
     torch.manual_seed(0)
     model = cmaev.CMAEV(encoder, **settings, **TINY)
     online = F.interpolate(torch.randn(batch, 3, 4, 8, 8), (4, 32, 32), mode="trilinear")
-    return model, (online, online + 0.3 * torch.randn(batch, 3, 4, 32, 32), cmaev.tube_mask(batch, (2, 4, 4), 0.75))
+    target = online + 0.3 * torch.randn(batch, 3, 4, 32, 32)
+    return model, (online, target, cmaev.tube_mask(batch, (2, 4, 4), 0.75))
 
 
 def random_features(batch):
@@ -192,7 +195,7 @@ def float64():
     """The whole computation in float64, also what the module computes in float32 under AMP."""
     to_float32 = torch.Tensor.float
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "float", lambda x: x.double() if x.ndim else to_float32(x))  # GradScaler's scalars
+        patch.setattr(torch.Tensor, "float", lambda x: x.double() if x.ndim else to_float32(x))  # not scalers
         torch.set_default_dtype(torch.float64)
         try:
             yield
@@ -231,34 +234,6 @@ def train_steps(encoder, clips, micro_batch, *more):
     return list(zip(values, steps, strict=True))
 
 
-def assert_equal_gradients(grads, expected):
-    """To float64's rounding. A bias in front of a batch norm has gradient zero."""
-    assert grads.keys() == expected.keys()
-    for name, grad in expected.items():
-        zero = name in ("projector.0.bias", "predictor.0.bias")
-        assert (grads[name] - grad).norm() < (1e-12 if zero else 1e-9 * grad.norm()), name
-
-
-def slow_info_nce(query, key, tau, video):
-    """Each query's loss, and whether its positive is the most similar key, by loops."""
-    losses, right = [], []
-    for i in range(len(query)):
-        rho = {j: float(query[i] @ key[j] / query[i].norm() / key[j].norm()) for j in range(len(key))
-               if i == j or video[i] != video[j]}
-        losses.append(math.log(sum(math.exp(r / tau) for r in rho.values())) - rho[i] / tau)
-        right.append(max(rho, key=rho.get) == i)
-    return losses, right
-
-
-class TF32(TorchDispatchMode):
-    """Rounds the factors of float32 products to 10 bits of mantissa, as a GPU does in training."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "mm" in str(function):
-            args = [x.half().float() if x.dtype is torch.float32 else x for x in args]
-        return function(*args, **(kwargs or {}))
-
-
 def assert_close_gradients(grads, expected, rtol=1e-4, atol=1e-6):
     """`atol` is relative to the largest gradient."""
     assert grads.keys() == expected.keys()
@@ -272,12 +247,12 @@ def pretrain_clips(demo, **changes):
     return cmaev.PretrainClips(cmaev.read_list(demo / "train.txt"), (2, 4, 4), **settings)
 
 
-# Helpers: the scripts, and processes ---------------------------------------------------------------------------------
+# Helpers: the scripts, and processes ------------------------------------------------------------------------
 
 def pretraining(demo, out, *more):
     """The arguments of a run of pretrain.py: 20 steps on 40 videos."""
     usual = """--recipe demo --encoder vit_tiny --frames 4 --size 32 --patch 8 --mask-ratio 0.75 --max-shift 4
-        --batch-size 8 --epochs 4 --amp none --warmup-epochs 1 --log-every 4 --save-every 3 --picture-every 0
+        --batch-size 8 --epochs 4 --warmup-epochs 1 --log-every 4 --save-every 3 --picture-every 0 --amp none
         --workers 0"""
     return [*usual.split(), "--data", f"{demo}/train.txt", "--out", str(out), *map(str, more)]
 
@@ -291,7 +266,7 @@ def finetuning(demo, out, *more):
 
 
 def run(script, *arguments):
-    """A script's main in this process -> what it ends with: None, or the line or the code that it exits with."""
+    """A script's main in this process -> None, or the line or the code that it exits with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
         try:
@@ -306,21 +281,12 @@ def start(script, *arguments, **how):
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **how)
 
 
-def torchrun(ranks, *command):
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                    *command], check=True, timeout=300)
-
-
 def wait_for(condition, process, seconds=120):
     """Waits until a condition holds -> whether the process still runs."""
     deadline = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     return process.poll() is None
-
-
-def wait_for_log(run, process, seconds=120):
-    return wait_for(lambda: (run / "log.jsonl").exists() and cmaev.read_log(run), process, seconds)
 
 
 def children(process):
@@ -330,11 +296,13 @@ def children(process):
 
 
 def all_ended(*groups, seconds=30):
-    """Whether the processes of these groups end: a decoding process asks every 5 s whether its trainer lives."""
+    """Whether the processes of these groups end: decoders ask every 5 s whether their trainer lives."""
     deadline, command = time.monotonic() + seconds, ["pgrep", "-g", ",".join(map(str, groups))]
-    while (alive := subprocess.run(command, capture_output=True).stdout) and time.monotonic() < deadline:
+    while subprocess.run(command, capture_output=True).stdout:
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
-    return not alive
+    return True
 
 
 def checkpoint_of(run):
@@ -344,12 +312,13 @@ def checkpoint_of(run):
 def log_of(run):
     """A run's log without what differs between machines."""
     measured = {"seconds", "step_ms", "clips_per_s", "memory_mib", "data_wait"}
-    return [{name: value for name, value in line.items() if name not in measured} for line in cmaev.read_log(run)]
+    return [{name: x for name, x in line.items() if name not in measured} for line in cmaev.read_log(run)]
 
 
 def assert_same_weights(run, expected, name="checkpoint.pt"):
     weights, expected = (torch.load(folder / name, weights_only=True)["model"] for folder in (run, expected))
-    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def assert_same_but_for_rounding(run, expected):
@@ -368,7 +337,7 @@ def usage(process="self"):
     return np.array([pages * 4 / 1024, len(os.listdir(f"/proc/{process}/fd"))])
 
 
-# Fixtures ------------------------------------------------------------------------------------------------------------
+# Fixtures ---------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
@@ -387,7 +356,7 @@ def undisturbed(demo):
 
 @pytest.fixture(scope="module")
 def tuned(demo, undisturbed):
-    """A run of finetune.py from start to end, tested on the tenth of the videos that it holds out."""
+    """A run of finetune.py from start to end, tested on the videos that it holds out."""
     folder = demo.parent / "tuned"
     assert run(finetune, *finetuning(demo, folder, "--init", undisturbed)) is None
     return folder
@@ -404,10 +373,11 @@ def wrong(tmp_path_factory):
         frame.rate = 8000
         container.mux(stream.encode(frame) + stream.encode(None))
     good, audio = "good.mp4 0\n", "audio.mp4 0\n"
-    for name, text in {"text.mp4": "no video", "good.txt": 8 * good, "one.txt": good, "audio.txt": audio,
-                       "text.txt": "text.mp4 0\n", "gone.txt": good + "lost.mp4 1\n", "label.txt": "good.mp4 jump\n",
-                       "large.txt": "good.mp4 7\n", "gap.txt": good + "good.mp4 2\n", "none.txt": "good.mp4\n",
-                       "late.txt": good + 7 * audio, "huge.txt": f"{good}good.mp4 {10**20}\n"}.items():
+    for name, text in {
+            "text.mp4": "no video", "good.txt": 8 * good, "one.txt": good, "audio.txt": audio,
+            "text.txt": "text.mp4 0\n", "gone.txt": good + "lost.mp4 1\n", "label.txt": "good.mp4 jump\n",
+            "large.txt": "good.mp4 7\n", "gap.txt": good + "good.mp4 2\n", "none.txt": "good.mp4\n",
+            "late.txt": good + 7 * audio, "huge.txt": f"{good}good.mp4 {10**20}\n"}.items():
         (folder / name).write_text(text)
     for name, content in {"other": {"model": {"a": torch.ones(1), 1: torch.ones(1)}},
                           "no-tensors": {"model": {}, "epoch": 3}, "tensor": torch.ones(1)}.items():
@@ -417,62 +387,73 @@ def wrong(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(demo):
-    """What two ranks have left in a folder: see work_as_rank."""
-    torchrun(2, __file__, demo.parent)
-    return demo.parent
+def two_ranks(tmp_path_factory):
+    """What two ranks have left in a folder: see work_as_rank. Forked, as an import of torch takes seconds."""
+    folder, fork = tmp_path_factory.mktemp("ranks"), multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=work_as_rank, args=(rank, folder), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return folder
 
 
-def work_as_rank(folder):
-    """One of two ranks: a backward pass of its half of a batch; three steps, of which rank 1 spoils the second."""
-    cpu = cmaev.join_ranks()
-    rank = cmaev.this_rank()
-    steps, half = [], lambda batch: [x[4 * rank:4 * rank + 4] for x in batch]
+def work_as_rank(rank, folder):
+    """A backward pass of this rank's half of a batch; three steps, of which rank 1 spoils the second; and so on."""
+    torch.set_num_threads(1)  # OpenMP's other threads are not forked
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    save = lambda content, name: torch.save(content, folder / f"{name}-{rank}.pt")
+    steps, errors, cpu = [], [], torch.device("cpu")
     for encoder in ("convvit_test", "vit_test"):
         model, batch = tiny_model(encoder, batch=8)
-        parallel = cmaev.data_parallel(model)
+        half, parallel = [x.chunk(2)[rank] for x in batch], cmaev.data_parallel(model)
         assert not parallel.broadcast_buffers  # the constant position tables
-        losses = parallel(*half(batch))
+        losses = parallel(*half)
         losses["loss"].backward()
-        means = {name: float(cmaev.sum_over_ranks(losses[name].detach().clone())) / 2 for name in pretrain.METRICS}
-        torch.save((means, gradients(model)), f"{folder}/{encoder}-{rank}.pt")
+        sums = cmaev.sum_over_ranks(torch.stack([losses[name].detach() for name in pretrain.METRICS]))
+        means = dict(zip(pretrain.METRICS, (sums / 2).tolist()))
+        save((means, gradients(model)), encoder)
     optimizer, scaler = torch.optim.AdamW(model.parameters(), fused=True), cmaev.grad_scaler(None, cpu)
     for factor in (1, math.nan if rank == 1 else 1, 1):
         optimizer.zero_grad()
-        scaler.scale(parallel(*half(batch))["loss"] * factor).backward()
+        scaler.scale(parallel(*half)["loss"] * factor).backward()
         grad_norm = cmaev.optimizer_step(model.parameters(), optimizer, scaler, None)
         steps.append((bool(grad_norm.isfinite()), model.decoder.head.weight.detach().clone()))
-    torch.save(steps, f"{folder}/steps-{rank}.pt")
+    save(steps, "steps")
     with float64():
-        for encoder, weight in itertools.product(("convvit_test", "vit_test"), (0.0, 0.14)):
-            taken = train_steps(encoder, 12, 2, "--contrast-weight", weight)
-            torch.save([grads for _, grads in taken], f"{folder}/{encoder}-{weight}-{rank}.pt")
-        query, key, video = half((*random_features(8), VIDEOS))
-        losses = cmaev.info_nce(query, key, 0.07, video)
-        torch.save([float(x) for x in losses], f"{folder}/info_nce-{rank}.pt")
-    errors = []
-    for of_ranks in DIFFERENCES.values():  # each rank has a disk of its own
-        lr, listed, step = of_ranks[rank]
-        node, state = Path(tempfile.mkdtemp()), dict(model=torch.nn.Linear(1, 1), meter=cmaev.Meter([], cpu))
+        for encoder in ("convvit_test", "vit_test"):
+            for weight in (0.0, 0.14):
+                taken = train_steps(encoder, 12, 2, "--contrast-weight", weight)
+                save([grads for _, grads in taken], f"{encoder}-{weight}")
+        query, key, video = (x.chunk(2)[rank] for x in (*random_features(8), VIDEOS[:8]))
+        save([float(x) for x in cmaev.info_nce(query, key, 0.07, video)], "info_nce")
+    for name, of_rank_1 in DIFFERENCES.items():
+        lr, listed, step = of_rank_1 if rank else DIFFERENCES[""]
+        disk = folder / f"disk {rank} {name}"  # of its own
+        disk.mkdir()
+        state = dict(model=torch.nn.Linear(1, 1), meter=cmaev.Meter([], cpu))
         if step:
-            checkpoint = dict(step=step) | {name: holder.state_dict() for name, holder in state.items()}
-            torch.save(checkpoint, node / "checkpoint.pt")
+            saved = {name: holder.state_dict() for name, holder in state.items()}
+            torch.save(dict(saved, step=step), disk / "checkpoint.pt")
         try:
             cmaev.check_ranks(argparse.Namespace(amp="none", lr=lr, workers=rank), cpu, listed)
-            errors.append(cmaev.resume(node, state))
+            errors.append(cmaev.resume(disk, state))
         except cmaev.CMAEVError as error:
             errors.append(str(error))
-    torch.save(errors, f"{folder}/errors-{rank}.pt")
+    save(errors, "errors")
     torch.distributed.destroy_process_group()
 
 
-# 1  Tokens and tube mask ---------------------------------------------------------------------------------------------
+# 1  Tokens and tube mask ------------------------------------------------------------------------------------
 
 def test_normalize_and_its_inverse():
     clips = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
     x = cmaev.normalize(clips)
     assert x.shape == (2, 3, 4, 8, 8)
-    assert float(x[1, 2, 3, 4, 5]) == pytest.approx((int(clips[1, 3, 2, 4, 5]) / 255 - 0.406) / 0.225, abs=1e-5)
+    expected = (int(clips[1, 3, 2, 4, 5]) / 255 - 0.406) / 0.225
+    assert float(x[1, 2, 3, 4, 5]) == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(cmaev.to_unit_range(x), clips.transpose(1, 2) / 255)
 
 
@@ -491,55 +472,43 @@ def test_tube_mask_and_its_indices(ratio, masked):
         assert torch.equal(cmaev.gather_tokens(tokens, hidden)[b], tokens[b][mask[b]])
 
 
-# 2  Encoders ---------------------------------------------------------------------------------------------------------
+# 2  Encoders ------------------------------------------------------------------------------------------------
 
 def float64_vit(state, clip, heads):
-    """The classifier of a ViT, word by word in float64 numpy."""
-    w = {name.removeprefix("encoder."): value.double().numpy() for name, value in state.items()}
-    linear = lambda x, name: x @ w[name + ".weight"].T + w[name + ".bias"]
-    gelu = np.vectorize(lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))))
-    kernel, scores = w["patch_embed.proj.weight"], []
-    width, _, t, p, _ = kernel.shape
-
-    def norm(x, name):
-        std = np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-        return (x - x.mean(-1, keepdims=True)) / std * w[name + ".weight"] + w[name + ".bias"]
-
-    def attend(q, k, v):
-        weights = np.exp(q @ k.T / math.sqrt(q.shape[1]))
-        return weights / weights.sum(-1, keepdims=True) @ v
-
-    for video in clip.double().numpy():
-        grid = video.shape[1] // t, video.shape[2] // p, video.shape[3] // p
-        x = np.zeros((math.prod(grid), width))
-        for n, (i, j, k) in enumerate(np.ndindex(grid)):
-            cube = video[:, i * t:i * t + t, j * p:j * p + p, k * p:k * p + p]
-            for d in range(width):
-                position = (math.cos if d % 2 else math.sin)(n / 10000 ** (2 * (d // 2) / width))
-                x[n, d] = (kernel[d] * cube).sum() + w["patch_embed.proj.bias"][d] + position
-        for block in ("blocks.0.", "blocks.1."):
-            qkv = linear(norm(x, block + "norm1"), block + "attn.qkv").reshape(len(x), 3, heads, -1)
-            attended = [attend(*qkv[:, :, head].swapaxes(0, 1)) for head in range(heads)]
-            x = x + linear(np.concatenate(attended, axis=1), block + "attn.proj")
-            x = x + linear(gelu(linear(norm(x, block + "norm2"), block + "mlp.fc1")), block + "mlp.fc2")
-        scores.append(linear(norm(x.mean(0), "fc_norm"), "head"))
-    return torch.tensor(np.array(scores)).float()
+    """The classifier of a ViT in float64, with a convolution and without fused attention."""
+    w = {name.removeprefix("encoder."): value.double() for name, value in state.items()}
+    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+    kernel, bias = w["patch_embed.proj.weight"], w["patch_embed.proj.bias"]
+    x = F.conv3d(clip.double(), kernel, bias, stride=kernel.shape[2:]).flatten(2).mT
+    for n, d in np.ndindex(x.shape[1:]):
+        x[:, n, d] += (math.cos if d % 2 else math.sin)(n / 10000 ** (2 * (d // 2) / len(kernel)))
+    for block in ("blocks.0.", "blocks.1."):
+        qkv, attended = linear(norm(x, block + "norm1"), block + "attn.qkv"), []
+        for q, k, v in zip(*(part.chunk(heads, dim=2) for part in qkv.chunk(3, dim=2))):
+            weights = (q @ k.mT / math.sqrt(q.shape[2])).exp()
+            attended.append(weights @ v / weights.sum(dim=2, keepdim=True))
+        x = x + linear(torch.cat(attended, dim=2), block + "attn.proj")
+        hidden = linear(norm(x, block + "norm2"), block + "mlp.fc1")
+        x = x + linear(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2, block + "mlp.fc2")
+    return linear(norm(x.mean(dim=1), "fc_norm"), "head").float()
 
 
 def test_vit_equals_float64():
     """Positions, cube embedding, attention and all else, in the classifier of fine-tuning."""
-    model, clip = finetune.Classifier(small_encoder("vit", drop_path=0.2), "abcde").eval(), torch.randn(2, 3, 4, 32, 48)
+    model, clip = finetune.Classifier(small_encoder("vit"), "abcde").eval(), torch.randn(2, 3, 4, 32, 48)
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    torch.testing.assert_close(model(clip), float64_vit(model.state_dict(), clip, heads=2), rtol=1e-4, atol=1e-4)
+    expected = float64_vit(model.state_dict(), clip, heads=2)
+    torch.testing.assert_close(model(clip), expected, rtol=1e-4, atol=1e-4)
 
 
 def dense_convvit(model, clip, mask):
-    """ConvMAE as published, in 3-D: whole maps [B, C, T, H, W], masked positions set to zero before a convolution."""
+    """ConvMAE as published, in 3-D: whole maps [B, C, T, H, W], masked positions zero before a convolution."""
     (t, p, _), keep, outputs, x = model.cube, ~mask, [], clip
     last = lambda f, x: f(x.movedim(1, -1)).movedim(-1, 1)
     fold = lambda linear, s: (linear.weight.unflatten(1, (1, s, s, -1)).movedim(-1, 1), linear.bias)
-    tokens = lambda x: x.flatten(2).transpose(1, 2)[keep].view(len(x), -1, x.shape[1])
+    tokens = lambda x: x.flatten(2).mT[keep].view(len(x), -1, x.shape[1])
     embeddings = [((model.patch_embed1.proj.weight, model.patch_embed1.proj.bias), (t, p // 4, p // 4)),
                   (fold(model.patch_embed2, 2), (1, 2, 2)), (fold(model.patch_embed3, 2), (1, 2, 2))]
     for (kernel, stride), norm, blocks, s in zip(
@@ -547,13 +516,12 @@ def dense_convvit(model, clip, mask):
         x = F.gelu(last(norm, F.conv3d(x, *kernel, stride=stride)))
         visible = keep.view(len(x), 1, *model.grid).repeat_interleave(s, 3).repeat_interleave(s, 4)
         for block in blocks:
-            y = visible * last(block.conv1, last(block.norm1, x))
-            y = F.conv3d(y, block.depthwise.weight, block.depthwise.bias, padding=2, groups=y.shape[1])
+            y, conv = visible * last(block.conv1, last(block.norm1, x)), block.depthwise
+            y = F.conv3d(y, conv.weight, conv.bias, padding=2, groups=y.shape[1])
             x = x + last(block.conv2, y)
             x = x + last(block.mlp, last(block.norm2, x))
         outputs.append(x)
-    positions = model.positions.transpose(1, 2).view(1, -1, *model.grid)
-    x = tokens(last(model.patch_embed4, x) + positions)
+    x = tokens(last(model.patch_embed4, x) + model.positions.mT.unflatten(2, model.grid))
     for block in model.blocks3:
         x = block(x)
     for stage, fusion, s in ((outputs[0], model.fusion1, 4), (outputs[1], model.fusion2, 2)):
@@ -562,8 +530,8 @@ def dense_convvit(model, clip, mask):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("frames", [2, 4, 6, 12])  # one time step; fewer and more than a kernel reaches
-def test_convvit_on_visible_tokens_equals_the_dense_masked_computation(frames, masked):
+@pytest.mark.parametrize("frames", [2, 4, 12])  # one time step; fewer and more than a kernel reaches
+def test_convvit_equals_the_dense_masked_computation(frames, masked):
     model, clip = small_encoder("convvit", frames=frames), torch.randn(2, 3, frames, 32, 48)
     mask = cmaev.tube_mask(2, model.grid, 0.5) if masked else torch.zeros(2, 3 * frames, dtype=torch.bool)
     visible = cmaev.visible_and_masked(mask)[0] if masked else None
@@ -573,43 +541,39 @@ def test_convvit_on_visible_tokens_equals_the_dense_masked_computation(frames, m
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vit", "convvit"])
-def test_masked_pixels_reach_no_visible_token(name):
-    model, clip = small_encoder(name), torch.randn(2, 3, 4, 32, 48)
-    mask = cmaev.tube_mask(2, model.grid, 0.5)
-    noise_in = lambda where: cmaev.uncubes(where[..., None] * torch.randn(2, 12, 1536), model.grid, (4, 32, 48))
+def test_masked_pixels_reach_no_visible_token():
+    """Of a ViT; for ConvViT the dense computation says so."""
+    model, clip = small_encoder("vit"), torch.randn(2, 3, 4, 32, 48)
+    mask, noise = cmaev.tube_mask(2, model.grid, 0.5), torch.randn(2, 12, 1536)
     visible, _ = cmaev.visible_and_masked(mask)
+    noise_in = lambda where: cmaev.uncubes(where[..., None] * noise, model.grid, (4, 32, 48))
     tokens = model(clip, visible)
     assert tokens.shape == (2, 6, 24) and torch.equal(tokens, model(clip + 9 * noise_in(mask), visible))
     assert not torch.equal(tokens, model(clip + noise_in(~mask), visible))
 
 
-def test_sizes_and_initialisation():
-    """Table 1's parameters. Convolutions are uniform within 1 / sqrt(inputs), Linear layers within sqrt(6 / (inputs +
-    outputs)); the norms of the convolutions have PyTorch's epsilon."""
-    for name, millions in (("vit_base", 87), ("convvit_base", 85)):
-        model = cmaev.build_encoder(name, fusion=False)
-        classifier = finetune.Classifier(model, range(400))
-        assert round(sum(p.numel() for p in classifier.parameters()) / 1e6) == millions
-    for name, p in model.named_parameters():
+@pytest.mark.parametrize("name, millions, flops", [("vit_base", 87, 563e9), ("convvit_base", 85, 697e9)])
+def test_sizes_and_operations(name, millions, flops):
+    """Table 1's parameters; the operations of a step per clip, worked out by hand."""
+    with torch.device("meta"):
+        model, encoder = cmaev.CMAEV(name), cmaev.build_encoder(name, fusion=False)
+        classifier = finetune.Classifier(encoder, range(400))
+    assert round(sum(p.numel() for p in classifier.parameters()) / 1e6) == millions
+    assert benchmark.clip_flops(model, 0.9) == pytest.approx(flops, rel=0.015)
+
+
+def test_initialisation_of_convvit():
+    """Convolutions: uniform within 1 / sqrt(inputs). Linear layers: within sqrt(6 / (inputs + outputs))."""
+    for name, p in cmaev.build_encoder("convvit_tiny", fusion=False).named_parameters():
         assert "fusion" not in name
         if p.ndim > 1:
             inputs, outputs = p[0].numel(), len(p)
             linear = name.startswith(("patch_embed3", "patch_embed4", "blocks3"))
             bound = math.sqrt(6 / (inputs + outputs)) if linear else 1 / math.sqrt(inputs)
             assert 0.9 * bound < p.abs().max() <= bound, name
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            assert module.eps == (1e-5 if name.startswith(("blocks1", "blocks2", "embed_norms")) else 1e-6), name
 
 
-def test_flops_of_a_step():
-    """563 G per clip for ViT-B, 697 G for ConvViT-B, worked out by hand."""
-    for name, expected in ("vit_base", 563e9), ("convvit_base", 697e9):
-        assert benchmark.clip_flops(cmaev.CMAEV(name), 0.9) == pytest.approx(expected, rel=0.015), name
-
-
-# 3  Decoder and heads ------------------------------------------------------------------------------------------------
+# 3  Decoder and heads ---------------------------------------------------------------------------------------
 
 def test_decoder_predicts_the_masked_tokens_in_order():
     """Swapping the positions of two masked tokens swaps their predictions, and changes no other."""
@@ -629,67 +593,81 @@ def test_batch_norm_equals_torch():
     torch.testing.assert_close(cmaev.GlobalBatchNorm(6)(x), F.batch_norm(x, None, None, training=True))
 
 
-# 4  Losses -----------------------------------------------------------------------------------------------------------
+# 4  Losses --------------------------------------------------------------------------------------------------
+
+class TF32(TorchDispatchMode):
+    """Rounds the factors of float32 products to 10 bits of mantissa, as a GPU does in training."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in str(function):
+            args = [x.half().float() if x.dtype is torch.float32 else x for x in args]
+        return function(*args, **(kwargs or {}))
+
+
+def slow_info_nce(query, key, video):
+    """Each query's loss, and whether its positive is the most similar key, by loops; temperature 0.07."""
+    losses, right = [], []
+    for i in range(len(query)):
+        rho = {j: float(query[i] @ key[j] / query[i].norm() / key[j].norm()) for j in range(len(key))
+               if i == j or video[i] != video[j]}
+        losses.append(math.log(sum(math.exp(r / 0.07) for r in rho.values())) - rho[i] / 0.07)
+        right.append(max(rho, key=rho.get) == i)
+    return losses, right
+
 
 @pytest.mark.parametrize("amp", [False, True])
-def test_losses_against_loops(amp):
-    """InfoNCE; VideoMAE's target, per cube and channel, unbiased, epsilon outside the root. Float32 also under AMP and
-    where a GPU multiplies in TF32."""
-    (query, key), tau = random_features(7), 0.07
-    losses, right = slow_info_nce(query, key, tau, range(7))
+def test_info_nce_against_loops(two_ranks, amp):
+    """Float32 also under AMP and where a GPU multiplies in TF32. Clips of the same video are no negatives."""
+    query, key = random_features(8)
+    for video in (None, VIDEOS[:8]):
+        losses, right = slow_info_nce(query, key, range(8) if video is None else video.tolist())
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp), TF32():
+            whole = [float(x) for x in cmaev.info_nce(query, key, 0.07, video)]
+        assert whole == pytest.approx([np.mean(losses), np.mean(right)], rel=1e-5)
+    for rank, rows in enumerate((slice(4), slice(4, 8))):
+        of_rank = torch.load(two_ranks / f"info_nce-{rank}.pt")
+        assert of_rank == pytest.approx([np.mean(losses[rows]), np.mean(right[rows])])
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_reconstruction_loss_against_loops(amp):
+    """VideoMAE's target: per cube and channel, unbiased, epsilon outside the root."""
     clip, grid, errors = torch.rand(2, 3, 4, 32, 48, dtype=torch.float64), (2, 2, 3), []
     clip[0, 0, :2] = 0.485 + 1e-6 * clip[0, 0, :2]  # so flat that the epsilon matters
     mask, prediction = cmaev.tube_mask(2, grid, 0.5), torch.randn(2, 6, 1536, dtype=torch.float64)
     for b in range(2):
         for m, n in enumerate(np.flatnonzero(mask[b])):
             t, i, j = np.unravel_index(n, grid)
+            tube = clip[b, :, 2 * t:2 * t + 2, 16 * i:16 * i + 16, 16 * j:16 * j + 16]
             for c in range(3):
-                cube = clip[b, c, 2 * t:2 * t + 2, 16 * i:16 * i + 16, 16 * j:16 * j + 16].reshape(-1).tolist()
+                cube, predicted = tube[c].reshape(-1).tolist(), prediction[b, m, c::3].tolist()
                 mean = sum(cube) / 512
                 std = math.sqrt(sum((v - mean) ** 2 for v in cube) / 511)
-                errors += [(p - (v - mean) / (std + 1e-6)) ** 2 for p, v in zip(prediction[b, m, c::3].tolist(), cube)]
-    normalized, masked = cmaev.normalize(255 * clip.transpose(1, 2)).float(), cmaev.visible_and_masked(mask)[1]
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp), TF32():
-        contrast, accuracy = cmaev.info_nce(query, key, tau)
-        reconstruction = cmaev.reconstruction_loss(prediction.float(), normalized, masked, grid)
-    assert float(contrast) == pytest.approx(np.mean(losses), rel=1e-5)
-    assert float(accuracy) == pytest.approx(np.mean(right))
-    assert float(reconstruction) == pytest.approx(np.mean(errors), rel=1e-5)
+                errors += [(p - (v - mean) / (std + 1e-6)) ** 2 for p, v in zip(predicted, cube)]
+    normalized, (_, masked) = cmaev.normalize(255 * clip.transpose(1, 2)), cmaev.visible_and_masked(mask)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        loss = cmaev.reconstruction_loss(prediction.float(), normalized.float(), masked, grid)
+    assert float(loss) == pytest.approx(np.mean(errors), rel=1e-5)
 
 
-def test_clips_of_the_same_video_are_no_negatives(two_ranks):
-    (query, key), video = random_features(8), VIDEOS[:8]
-    losses, right = slow_info_nce(query, key, 0.07, video.tolist())
-    with float64():
-        whole = [float(x) for x in cmaev.info_nce(query, key, 0.07, video)]
-    assert whole == pytest.approx([np.mean(losses), np.mean(right)])
-    for rank in range(2):
-        rows = slice(4 * rank, 4 * rank + 4)
-        of_rank = torch.load(two_ranks / f"info_nce-{rank}.pt")
-        assert of_rank == pytest.approx([np.mean(losses[rows]), np.mean(right[rows])])
-
-
-# 5  CMAE-V -----------------------------------------------------------------------------------------------------------
+# 5  CMAE-V --------------------------------------------------------------------------------------------------
 
 def test_calls_that_cannot_work_say_what_is_expected(demo):
     model, (online, target, mask) = tiny_model()
     convvit, no_tubes = tiny_model("convvit_test")[0], torch.arange(32).expand(6, -1) % 5 < 2
     for call, words in {
             lambda: model(online[:1], target[:1], mask[:1]): "two or more clips",
-            lambda: model.encoder(online[0]): "clip [B, 3, T,",
             lambda: model(online, target.byte(), mask): "torch.uint8 [6, 3, 4, 32, 32], the encoder takes",
             lambda: model.encoder(online.transpose(1, 2)): "[6, 4, 3, 32, 32], the encoder takes float32 [6",
             lambda: cmaev.normalize(torch.zeros(4, 32, 32, 3)): "give the frames [T, H, W, 3] of Video.read",
             lambda: cmaev.normalize(online): "normalize takes [B, T, 3, H, W]",
-            lambda: cmaev.PretrainClips(str(demo), (2, 4, 4)): "give read_list(path)",
             lambda: cmaev.PretrainClips(demo, (2, 4, 4)): "give read_list(path)",
-            lambda: finetune.TestViews([demo], 4, 4, 32, "dense"): "give read_list(path)",
             lambda: finetune.TestViews([], 4, 4, 32, "often"): "give 'dense' or 'uniform'",
             lambda: demo_videos.make_demo(demo.parent / "new", "typo"): "choose from scenes, motions, looks",
             lambda: demo_videos.make_demo(demo): f"{demo} is not empty",
             lambda: model(online, target, mask[:, 1:]): "bool [B, N]",
             lambda: model(online, target, mask.float()): "bool [B, N]",
-            lambda: model(online, target, mask[1:]): "visible is torch.int64 [5, 8], the encoder takes int64 [6, N_v]",
+            lambda: model(online, target, mask[1:]): "torch.int64 [5, 8], the encoder takes int64 [6, N_v]",
             lambda: model.encoder(online, mask): "visible is torch.bool [6, 32], the encoder takes int64",
             lambda: convvit(online, target, no_tubes): "masked at every time step",
             lambda: convvit.reconstruct(online, no_tubes): "masked at every time step",
@@ -699,7 +677,6 @@ def test_calls_that_cannot_work_say_what_is_expected(demo):
         with pytest.raises(cmaev.CMAEVError, match=re.escape(words)) as raised:
             call()
         assert not isinstance(raised.value, cmaev.BadVideo)
-    assert not list(demo.parent.glob("*.partial"))
 
 
 @both_encoders
@@ -707,24 +684,24 @@ def test_equation_8_trains_all_but_the_target_which_follows(encoder):
     model, (online, target, mask) = tiny_model(encoder, contrast_weight=0.5)
     losses = model(online, target.requires_grad_(), mask)
     losses["loss"].backward()
-    assert losses["loss"].item() == pytest.approx((losses["reconstruction"] + 0.5 * losses["contrast"]).item())
+    torch.testing.assert_close(losses["loss"], losses["reconstruction"] + 0.5 * losses["contrast"])
     assert target.grad is None
     before = {name: p.clone() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
-        assert (p.grad is None) == name.startswith("target"), name
-        assert not name.startswith("target") or torch.equal(p, before[name.removeprefix("target_")])  # a copy
+    targets = [name for name in before if name.startswith("target")]
+    assert all((p.grad is None) == (name in targets) for name, p in model.named_parameters())
     alone, _ = tiny_model(encoder, contrast_weight=0.0)
     assert not any("target" in name or "project" in name for name in alone.state_dict())
-    alone.load_state_dict({name: model.state_dict()[name] for name in alone.state_dict()})
+    alone.load_state_dict(model.state_dict(), strict=False)
     assert alone(online, None, mask)["loss"] == losses["reconstruction"]
     for p in model.parameters():
         p.data += torch.randn_like(p) * p.requires_grad
     model.update_target(0.9)
     sources = [name for name in before if name.startswith(("encoder.", "projector."))]
-    for name in sources:
-        expected = 0.9 * before[name] + 0.1 * model.get_parameter(name)
-        torch.testing.assert_close(model.get_parameter(f"target_{name}"), expected)
-    assert len(sources) == sum(name.startswith("target_") for name in before)
+    assert targets == [f"target_{name}" for name in sources]
+    for name, source in zip(targets, sources):
+        assert torch.equal(before[name], before[source])  # it begins as a copy
+        expected = 0.9 * before[name] + 0.1 * model.get_parameter(source)
+        torch.testing.assert_close(model.get_parameter(name), expected)
 
 
 @both_encoders
@@ -737,45 +714,42 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(two_ranks, encoder, 
             steps = train_steps(encoder, 12, micro_batch, "--contrast-weight", weight)
             for (losses, grads), (expected_losses, expected_grads) in zip(steps, expected, strict=True):
                 assert losses == pytest.approx(expected_losses, rel=1e-9)
-                assert_equal_gradients(grads, expected_grads)
+                assert_close_gradients(grads, expected_grads, rtol=1e-9, atol=1e-12)
+        if weight:  # the target follows
+            fixed = train_steps(encoder, 12, 0, "--contrast-weight", weight, "--momentum", 1)
+            assert fixed[0][0] == expected[0][0] and fixed[1][0]["contrast"] != expected[1][0]["contrast"]
         for rank in range(2):
             steps = torch.load(two_ranks / f"{encoder}-{weight}-{rank}.pt")
             for grads, (_, expected_grads) in zip(steps, expected, strict=True):
-                assert_equal_gradients(grads, expected_grads)
+                assert_close_gradients(grads, expected_grads, rtol=1e-9, atol=1e-12)
 
 
 @both_encoders
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_micro_batches_under_amp(encoder, amp):
-    """As near to float32's gradient as the whole batch under AMP is; float16 with a loss scale that it needs."""
-    (_, exact), *_ = train_steps(encoder, 6, 0)
-    (_, whole), *_ = train_steps(encoder, 6, 0, "--amp", amp)
-    (_, parts), *_ = train_steps(encoder, 6, 2, "--amp", amp)
-    exact, whole, parts = (torch.cat([grad.flatten() for grad in grads.values()]) for grads in (exact, whole, parts))
-    assert (parts - exact).norm() < 1.5 * (whole - exact).norm() < 0.5 * exact.norm()
+@pytest.mark.parametrize("weight", [0.0, 0.14])
+def test_gradients_under_amp(encoder, amp, weight):
+    """Of the whole batch and of micro-batches; float16 with a loss scale that it needs.
 
-
-@both_encoders
-def test_gradients_under_amp_are_those_of_float32(encoder):
-    """Each parameter's on its own: oneDNN's bf16 gradient of a depthwise convolution was wrong by 100 %."""
+    Without contrast, whose batch norm magnifies rounding, each parameter's on its own: oneDNN's bf16 gradient
+    of a depthwise convolution was wrong by 100 %.
+    """
     grads = []
-    for amp in (False, True):
-        model, (online, _, mask) = tiny_model(encoder, contrast_weight=0)  # batch norm magnifies rounding
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            loss = model(online, None, mask)["loss"]
-        loss.backward()
-        grads.append(gradients(model))
-    scale = max(float(grad.norm()) for grad in grads[0].values())
-    for name, grad in grads[0].items():
-        assert (grads[1][name] - grad).norm() < 0.1 * grad.norm() + 0.003 * scale, name
+    for more in ((0,), (0, "--amp", amp), (2, "--amp", amp)):
+        (_, first), _ = train_steps(encoder, 6, *more, "--contrast-weight", weight)
+        grads.append(first.values())
+    exact, *others = grads
+    norms = torch.stack([grad.norm() for grad in exact])
+    whole, parts = (torch.stack([(x - y).norm() for x, y in zip(other, exact, strict=True)]) for other in others)
+    assert parts.norm() < 1.5 * whole.norm() < 0.5 * norms.norm()
+    assert weight or (whole < 0.1 * norms + 0.003 * norms.max()).all()
 
 
-@both_encoders
+@mostly_vit
 def test_overfits_one_batch(encoder):
     model, batch = tiny_model(encoder)
-    optimizer = torch.optim.AdamW(cmaev.decay_groups(model, 0.05), lr=3e-3)
+    optimizer = torch.optim.AdamW(cmaev.decay_groups(model, 0.05), lr=1e-2, fused=True)
     first = model(*batch)
-    for _ in range(200):
+    for _ in range(80):
         losses = model(*batch)
         losses["loss"].backward()
         optimizer.step()
@@ -785,19 +759,20 @@ def test_overfits_one_batch(encoder):
     assert losses["contrast"] < 0.2 * first["contrast"] and losses["accuracy"] == 1
 
 
-@both_encoders
+@mostly_vit
 def test_compiles_into_a_few_graphs_once(encoder):
-    model, graphs, counts = cmaev.CMAEV(encoder, **TINY), [], []
+    model, graphs = tiny_model(encoder)[0], []
+    model.decoder.blocks = model.decoder.blocks[:1]
     compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for _ in range(3):
-        batch = torch.randn(2, 3, 4, 32, 32), torch.randn(2, 3, 4, 32, 32), cmaev.tube_mask(2, (2, 4, 4), 0.75)
+        batch = *torch.randn(2, 2, 3, 4, 32, 32), cmaev.tube_mask(2, (2, 4, 4), 0.75)
         losses = compiled(*batch)
         losses["loss"].backward()
-        counts.append(len(graphs))
         torch.testing.assert_close(losses["loss"], model(*batch)["loss"])
-    assert counts[0] <= 6 and counts == [counts[0]] * 3
+    assert len(graphs) <= 2
     augment = torch.compile(cmaev.augment_colors, fullgraph=True, backend="eager")
-    clips, colors = torch.randint(0, 256, (5, 2, 3, 16, 16), dtype=torch.uint8), cmaev.draw_colors().expand(5, -1)
+    clips = torch.randint(0, 256, (5, 2, 3, 16, 16), dtype=torch.uint8)
+    colors = cmaev.draw_colors().expand(5, -1)
     assert torch.equal(augment(clips, colors), cmaev.augment_colors(clips, colors))
 
 
@@ -807,23 +782,25 @@ def test_reconstruct_pastes_what_is_visible():
     hidden = cmaev.uncubes(mask[..., None].expand(-1, -1, 2 * 8 * 8 * 3), (2, 4, 4), (4, 32, 32))
     assert all(torch.equal(row[~hidden], original[~hidden]) for row in (masked, means, filled))
     mean_color = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1).expand_as(masked)
-    assert torch.equal(masked[hidden], mean_color[hidden]) and (filled[hidden] != original[hidden]).float().mean() > 0.5
+    assert torch.equal(masked[hidden], mean_color[hidden])
+    assert (filled[hidden] != original[hidden]).float().mean() > 0.5
     unclamped = cmaev.cubes(cmaev.to_unit_range(online), (2, 4, 4)).unflatten(-1, (-1, 3)).mean(dim=2)
     of_cubes = cmaev.cubes(means, (2, 4, 4)).unflatten(-1, (-1, 3))
     torch.testing.assert_close(of_cubes[mask], unclamped[mask].clamp(0, 1)[:, None].expand_as(of_cubes[mask]))
 
 
-# 6  The two views ----------------------------------------------------------------------------------------------------
+# 6  The two views -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("num_frames, frames, rate, max_shift", [
-    (100, 16, 4, 8), (66, 16, 4, 8), (61, 16, 4, 8), (40, 16, 4, 8), (1, 16, 4, 0), (35, 16, 2, 4), (20, 4, 1, 16)])
+    (100, 16, 4, 8), (66, 16, 4, 8), (40, 16, 4, 8), (1, 16, 4, 0), (35, 16, 2, 4), (20, 4, 1, 16)])
 def test_temporal_shift_indices(num_frames, frames, rate, max_shift):
-    """The drawn (t1, delta) are exactly the possible ones, and the indices follow from them by the paper's formula."""
+    """All possible (t1, delta) are drawn, no others, as often as they should; indices by the paper's formula."""
     possible, drawn, generator = {}, {}, torch.Generator().manual_seed(0)
     for delta in range(max_shift + 1):
         starts = [t for t in range(num_frames) if t + (frames - 1) * rate + delta < num_frames] or [0]
         for t in starts:
-            views = tuple(min(t + shift + i * rate, num_frames - 1) for shift in (0, delta) for i in range(frames))
+            views = [t + shift + i * rate for shift in (0, delta) for i in range(frames)]
+            views = tuple(min(i, num_frames - 1) for i in views)
             possible[views] = possible.get(views, 0) + 1 / (max_shift + 1) / len(starts)
     draws = 40 * len(possible) + 2000
     for _ in range(draws):
@@ -832,36 +809,36 @@ def test_temporal_shift_indices(num_frames, frames, rate, max_shift):
         drawn[views] = drawn.get(views, 0) + 1
     assert drawn.keys() == possible.keys()
     chi2 = sum((drawn[v] - draws * p) ** 2 / (draws * p) for v, p in possible.items())
-    assert chi2 < len(possible) + 5 * math.sqrt(2 * len(possible)) + 5  # five standard deviations over its mean
+    assert chi2 < len(possible) + 5 * math.sqrt(2 * len(possible)) + 5  # mean and five standard deviations
 
 
 def test_multi_scale_crop():
-    drawn, generator = set(), torch.Generator().manual_seed(0)
-    for _ in range(4000):
-        drawn.add(cmaev.multi_scale_crop(100, 160, generator))
-    sides = {100: 0, 87: 1, 75: 2, 66: 3}
-    assert {(h, w) for _, _, h, w in drawn} == {(h, w) for h in sides for w in sides if abs(sides[h] - sides[w]) < 2}
-    for h, w in {(h, w) for _, _, h, w in drawn}:
-        places = {(y, x) for y, x, *size in drawn if size == [h, w]}
+    generator = torch.Generator().manual_seed(0)
+    drawn = {cmaev.multi_scale_crop(100, 160, generator) for _ in range(4000)}
+    sides = [100, 87, 75, 66]
+    expected = {(h, w) for i, h in enumerate(sides) for w in sides[max(i - 1, 0):i + 2]}
+    assert {(h, w) for _, _, h, w in drawn} == expected
+    for h, w in expected:
         y, x = (100 - h) / 4, (160 - w) / 4
         quarters = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2),  # corners, centre, edge middles, quarter points
                     (0, 2), (2, 0), (2, 4), (4, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
+        places = {(top, left) for top, left, *size in drawn if size == [h, w]}
         assert places == {(int(a * y), int(b * x)) for a, b in quarters}
 
 
 def test_sample_against_a_plain_decode(demo):
-    """Views are a resized crop of the frames that the sample names; colours are per clip, alike for all frames."""
+    """Views are a resized crop of the frames that the sample names; colours are the same for all frames."""
     clips, epoch, index = pretrain_clips(demo, repeats=10), 5, 7
-    sample, frames = clips[epoch, index], decode_all(clips.videos[index][0])
+    sample, frames = clips[epoch, index], torch.from_numpy(decode_all(clips.videos[index][0])).movedim(-1, 1)
     with cmaev.seeded(3, epoch, index) as generator:
         indices = [cmaev.temporal_shift_indices(48, 4, 2, 4, generator) for _ in range(10)]
         crops = [cmaev.multi_scale_crop(96, 96, generator) for _ in range(10)]
     for r, (views, (top, left, h, w)) in enumerate(zip(indices, crops)):
         for view, name in zip(views, ("online", "target")):
-            cropped = torch.from_numpy(frames[view][:, top:top + h, left:left + w]).permute(0, 3, 1, 2).float()
+            cropped = frames[view, :, top:top + h, left:left + w].float()
             expected = F.interpolate(cropped, (32, 32), mode="bilinear", antialias=True)
             assert (sample[name][r].float() - expected).abs().max() <= 1  # uint8 rounding
-    assert len({tuple(view.tolist()) for views in indices for view in views}) > 10  # clips differ, views are shifted
+    assert len({str(view) for views in indices for view in views}) > 10  # clips differ, views are shifted
     assert sample["mask"].shape == (10, 32) and (sample["mask"].sum(dim=1) == 24).all()
     assert sample["video_index"].tolist() == 10 * [index]
     assert len({str(draw) for draw in sample["colors"].tolist()}) > 6  # some change nothing
@@ -870,42 +847,41 @@ def test_sample_against_a_plain_decode(demo):
     assert (colored == colored[:, :1]).all()
     torch.testing.assert_close(cmaev.augment_colors(stills[5:7], sample["colors"][5:7]), colored[5:7])
     both, one = pretrain_clips(demo)[2, 3], pretrain_clips(demo, two_views=False)[2, 3]
-    assert one.keys() == {"online", "mask", "replaced"} and all(torch.equal(both[name], one[name]) for name in one)
+    assert one.keys() == {"online", "mask", "replaced"}
+    assert all(torch.equal(both[name], one[name]) for name in one)
 
 
 def test_samples_do_not_depend_on_workers_ranks_or_restarts(demo):
-    clips, before = pretrain_clips(demo, repeats=2), torch.get_rng_state()
-    clips[0, 0]
+    def batches(steps=7, world=1, start=0, parts=1):
+        """The keys of all ranks' micro-batches, joined for each step."""
+        of_ranks = []
+        for rank in range(world):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cmaev, "this_rank", lambda: rank)
+                patch.setattr(cmaev, "world_size", lambda: world)
+                of_ranks.append(list(cmaev.batches(40, 8, steps, 0, start, parts)))
+        return [sum((keys for of_rank in of_ranks for keys in of_rank[i:i + parts]), [])
+                for i in range(0, len(of_ranks[0]), parts)]
+
+    whole = batches()
+    assert whole == batches(world=2) == batches(world=2, parts=2) and whole[3:] == batches(start=3)
+    keys = sum(batches(steps=10), [])
+    for epoch in range(2):
+        assert sorted(keys[40 * epoch:40 * epoch + 40]) == [(epoch, i) for i in range(40)]
+    assert [i for _, i in keys[:40]] != [i for _, i in keys[40:]]
+    clips = pretrain_clips(demo, repeats=2)
+    loaded, before = list(DataLoader(clips, batch_sampler=whole[4:], num_workers=2)), torch.get_rng_state()
+    for batch, keys in zip(loaded, whole[4:], strict=True):
+        for i, key in reversed(list(enumerate(keys))):
+            assert all(torch.equal(x, batch[name][i]) for name, x in clips[key].items())
     assert torch.equal(torch.get_rng_state(), before)
-
-    def load(workers=0, rank=0, world=1, start=0, parts=1):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cmaev, "this_rank", lambda: rank)
-            patch.setattr(cmaev, "world_size", lambda: world)
-            keys = list(cmaev.batches(40, 8, 7, 0, start, parts))
-            return list(DataLoader(clips, batch_sampler=keys, num_workers=workers))
-
-    def join(*batches):
-        return [{name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                for parts in zip(*batches, strict=True)]
-    whole, ranks = load(), join(load(rank=0, world=2), load(rank=1, world=2))
-    one, other = load(rank=0, world=2, parts=2), load(rank=1, world=2, parts=2)
-    ranks_and_parts = join(one[::2], one[1::2], other[::2], other[1::2])
-    for expected, others in ((whole, load(workers=2)), (whole, ranks), (whole, ranks_and_parts),
-                             (whole[3:], load(start=3))):
-        for batch, other in zip(expected, others, strict=True):
-            assert all(torch.equal(batch[name], other[name]) for name in batch)
-    keys = sum(cmaev.batches(40, 8, 10, 0), [])
-    assert sorted(keys) == [(epoch, i) for epoch in range(2) for i in range(40)]
-    assert keys[:40] == [(0, i) for _, i in keys[:40]] and [i for _, i in keys[:40]] != [i for _, i in keys[40:]]
 
 
 def torchvision_colors(clip, brightness, contrast, saturation, hue, sigma):
     """The same factors by torchvision's functions, one after the other; float [T, 3, S, S] in 0 to 255."""
     f, clip = cmaev.v2.functional, clip / 255
-    for operation, factor in ((f.adjust_brightness, brightness), (f.adjust_contrast, contrast),
-                              (f.adjust_saturation, saturation), (f.adjust_hue, hue)):
-        clip = operation(clip, factor)
+    clip = f.adjust_contrast(f.adjust_brightness(clip, brightness), contrast)
+    clip = f.adjust_hue(f.adjust_saturation(clip, saturation), hue)
     return 255 * f.gaussian_blur(clip, [13, 13], [sigma, sigma])
 
 
@@ -925,19 +901,13 @@ def test_each_color_factor_is_torchvisions(factors, tolerance):
         assert difference[..., 6:-6, 6:-6].abs().max() < tolerance  # at the edges torchvision's blur mirrors
 
 
-def test_colors_are_near_torchvisions_on_frames(demo):
-    """Nearer than the frames themselves and than the colours with the hue turned the other way."""
-    generator, away, moved = torch.Generator().manual_seed(0), [], []
-    for i in range(20):
-        clip = pretrain_clips(demo)[0, i]["target"][0]
-        *factors, hue = (2 * torch.rand(4, generator=generator) - 1).tolist()
-        factors, hue = [1 + 0.4 * factor for factor in factors], 0.1 * hue
-        theirs = torchvision_colors(clip.float(), *factors, hue, 0.01)
-        ours, turned = (our_colors(clip[None], *factors, h, 0.01)[0] for h in (hue, -hue))
-        away.append((ours - theirs).abs().mean())
-        moved.append((theirs - clip).abs().mean())
-        assert abs(hue) < 0.02 or away[-1] < (turned - theirs).abs().mean()
-    assert np.mean(away) < 0.35 * np.mean(moved)
+def test_hue_turns_as_torchvisions(demo):
+    """On frames it is nearer than the hue turned the other way; HSV and the IQ plane differ."""
+    clip = torch.cat([pretrain_clips(demo)[0, i]["target"][0] for i in range(10)])
+    for hue in (-0.1, -0.05, 0.05, 0.1):
+        theirs = torchvision_colors(clip.float(), 1, 1, 1, hue, 0.01)
+        ours, turned = (our_colors(clip[None], 1, 1, 1, h, 0.01)[0] for h in (hue, -hue))
+        assert (ours - theirs).abs().mean() < 0.6 * (turned - theirs).abs().mean()
 
 
 def test_draws_of_colors(monkeypatch):
@@ -2372,7 +2342,9 @@ def test_export_of_a_run(tuned, tmp_path, monkeypatch):
 
 def test_ranks_score_every_video_once(demo, tuned):
     """Ten videos on three ranks."""
-    torchrun(3, HERE / "finetune.py", *finetuning(demo, tuned, "--eval", "--batch-size", 12))
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=3 finetune.py"
+    arguments = finetuning(demo, tuned, "--eval", "--batch-size", 12)
+    subprocess.run([sys.executable, *launch.split(), *arguments], cwd=HERE, check=True, timeout=300)
     report = tuned / "eval-checkpoint-32-2x2" / "predictions.csv"
     assert report.read_text() == (tuned / "predictions.csv").read_text()
 
@@ -2730,77 +2702,58 @@ def test_faults_long_run_stays_flat(demo, spoilt):
     assert np.mean(files[5:]) < np.mean(files[:5]) + 5  # samples in flight open and close files
 
 
-# A GPU ---------------------------------------------------------------------------------------------------------------
+# A GPU ------------------------------------------------------------------------------------------------------
 
 class PretendedGPU(FakeTensorMode):
-    """Tensors on the CPU are real. Those on the GPU have shapes and no values: whatever asks for one, as .item() and
-    boolean indexing do, is an error, and so is work on tensors of both."""
+    """Tensors on the CPU are real. Those on the GPU have shapes and no values: whatever asks for one, as .item()
+    and boolean indexing do, is an error, and so is work on tensors of both."""
 
     def dispatch(self, operation, types, args=(), kwargs=None):
         of_gpu = lambda x: isinstance(x, FakeTensor) or isinstance(x, torch.device) and x.type == "cuda"
         if any(map(of_gpu, tree_leaves((args, kwargs)))):
+            if operation is torch.ops.aten._to_copy.default:
+                self.note_copy()
             return super().dispatch(operation, types, args, kwargs)
         with unset_fake_temporarily():
             return operation(*args, **(kwargs or {}))
 
 
-class TwoSteps(cmaev.Feed):
-    """A feed of the batches of two steps, read on the CPU, put on the pretended GPU as Feed puts them on a GPU."""
-
-    count = 2
-
-    def __init__(self, batches, device):
-        super().__init__(batches, torch.device("cpu"))
-        self.gpu = device
-
-    def __next__(self):
-        if len(self.waits) == self.count:
-            raise KeyboardInterrupt  # the scripts end with 130
-        return {name: x if name == "mask" else x.to(self.gpu) for name, x in super().__next__().items()}
-
-
-def empty_gradients(loss, *_, **__):
-    """In place of backward(), which wants a GPU's own threads: an empty gradient for each weight that the loss has."""
-    nodes = [loss.grad_fn]
-    for node in nodes:
-        nodes += {following for following, _ in node.next_functions if following} - set(nodes)
-        if hasattr(node, "variable"):
-            node.variable.grad = torch.empty_like(node.variable)
-
-
 @pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.8 wants a driver for this, 2.11 none")
 @pytest.mark.filterwarnings("ignore:.pin_memory. argument is set")
-@pytest.mark.parametrize("script, more", [
-    (pretrain, "--amp bf16"), (pretrain, "--amp fp16 --micro-batch 4"),
-    (finetune, "--mixup 0 --cutmix 0 --micro-batch 4"), (pretrain, "--amp fp16 --clip-grad 1"),
-    (pretrain, "--contrast-weight 0"),
-    (pretrain, "--amp bf16 --encoder convvit_tiny --repeats 2"), (finetune, "--amp bf16"),
-    (finetune, "--amp fp16 --encoder convvit_tiny --mixup 0 --cutmix 0")])
-def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, script, more):
-    """Steps 2 and 3 of the scripts themselves, once with mixup and cutmix.
+@pytest.mark.parametrize("script, copied, more", [
+    (pretrain, 5, "--amp fp16 --micro-batch 4 --clip-grad 1"),
+    (pretrain, 5, "--amp bf16 --encoder convvit_test --repeats 2"),
+    (finetune, 3, "--amp fp16 --micro-batch 4 --init none")])
+def test_steps_wait_for_no_device_and_mix_none(demo, tmp_path, monkeypatch, script, copied, more):
+    """The log line after step 1 waits first. Feed copies all but the mask, on a stream of its own.
 
-    Backward passes: test_gpu_step_never_waits_for_the_device, on a GPU.
+    Without backward passes, which the next test but two has.
     """
-    command = (pretraining if script is pretrain else finetuning)(
-        demo, tmp_path / "run", "--log-every", 100, "--save-every", 100, *more.split())
-    command += ["--init", "none"] if script is finetune else []
-    with monkeypatch.context() as first:  # the first step is logged
-        first.setattr(cmaev, "notice_signals", lambda: lambda: signal.SIGTERM)
-        assert run(script, *command) == str(cmaev.SAVED_AND_STOPPED)
-    updates, adamw = [], torch.optim.AdamW.step
-    monkeypatch.setattr(cmaev, "join_ranks", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(cmaev, "Feed", TwoSteps)
-    monkeypatch.setattr(TwoSteps, "count", 4 if "micro" in more else 2)
-    monkeypatch.setattr(torch.Tensor, "backward", empty_gradients)
-    monkeypatch.setattr(torch.autograd, "grad", lambda loss, x: [torch.empty_like(x)])
+    def backward(loss):
+        for p in models[0].parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+
+    models, cuda, gpu = [], mock.MagicMock(), PretendedGPU(allow_non_fake_inputs=True)
+    gpu.note_copy = cuda.copy
+    for name in ("Stream", "stream", "current_stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(torch.Tensor, "record_stream", cuda.record_stream)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, x: [torch.empty_like(x)])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: updates.append(0) or adamw(optimizer))
-    monkeypatch.setattr(cmaev, "load_weights", lambda model, state, _: model.load_state_dict(state))  # no look for NaN
-    with PretendedGPU(allow_non_fake_inputs=True):
-        ended = run(script, *command)
-    assert ended == "130" and len(updates) == 2
+    monkeypatch.setattr(cmaev, "data_parallel", lambda model: models.append(model) or model)
+    monkeypatch.setattr(cmaev, "join_ranks", lambda: torch.device("cuda", 0))
+    arguments = pretraining if script is pretrain else finetuning
+    with gpu, pytest.raises(DataDependentOutputException) as waits:
+        run(script, *arguments(demo, tmp_path, "--encoder", "vit_test", *more.split()))
+    assert cmaev.Meter.read.__code__ in [entry.frame.code.raw for entry in waits.traceback]
+    calls = [name for name, *_ in cuda.mock_calls]
+    began = calls.index("stream().__enter__")
+    assert calls[began:began + 2 * copied + 4] == [
+        "stream().__enter__", *copied * ["copy"], "stream().__exit__", "current_stream",
+        "current_stream().wait_stream", *copied * ["record_stream"]]
 
 
 @on_gpu
@@ -2821,9 +2774,11 @@ def test_gpu_losses_and_gradients_are_the_cpus(encoder, monkeypatch):
 
 @on_gpu
 def test_gpu_feed_brings_the_same_batches(demo):
-    clips, busy = pretrain_clips(demo, repeats=2), torch.randn(4096, 4096, device="cuda")
-    plain, feed = (cmaev.Feed(cmaev.loader(clips, 2, device, batch_sampler=cmaev.batches(len(clips), 4, 12, 0)), device)
-                   for device in map(torch.device, ("cpu", "cuda")))
+    clips, busy, feeds = pretrain_clips(demo, repeats=2), torch.randn(4096, 4096, device="cuda"), []
+    for device in map(torch.device, ("cpu", "cuda")):
+        order = cmaev.batches(len(clips), 4, 12, 0)
+        feeds.append(cmaev.Feed(cmaev.loader(clips, 2, device, batch_sampler=order), device))
+    plain, feed = feeds
     for _ in range(12):
         expected, batch = next(plain), next(feed)
         for _ in range(10):
@@ -2844,11 +2799,12 @@ def test_gpu_step_never_waits_for_the_device(demo, monkeypatch, encoder, amp):
     _, _, _, train_step = pretrain.build(pretrain.read_settings(), device)
     clips, meter = pretrain_clips(demo), cmaev.Meter(["loss"], device)
     parts = 2 if "micro" in amp else 1
-    feed = cmaev.Feed(cmaev.loader(clips, 0, device, batch_sampler=cmaev.batches(
-        len(clips), 4, 8, 0, num_micro_batches=parts)), device)
+    order = cmaev.batches(len(clips), 4, 8, 0, num_micro_batches=parts)
+    feed = cmaev.Feed(cmaev.loader(clips, 0, device, batch_sampler=order), device)
     try:
         for step in range(8):
-            torch.cuda.set_sync_debug_mode("error" if step >= 3 else "default")  # memory and kernels are there by then
+            if step == 3:  # memory and kernels are there by then
+                torch.cuda.set_sync_debug_mode("error")
             step_losses, grad_norm, replaced = train_step(feed)
             losses.append(step_losses["loss"].detach())
             meter.add(losses[-1:], grad_norm, replaced)
@@ -2864,15 +2820,13 @@ def test_gpu_trains_resumes_and_fine_tunes(demo, tmp_path, monkeypatch, encoder,
     usual = ["--workers", 2, "--encoder", encoder, "--amp", *amp.split()]
     command, log = pretraining(demo, tmp_path / "run", *usual), tmp_path / "run" / "log.jsonl"
     with monkeypatch.context() as patch:  # a signal at step 8
-        patch.setattr(cmaev, "notice_signals", lambda: lambda: signal.SIGTERM * (len(log.open().readlines()) == 2))
+        second_line = lambda: len(log.open().readlines()) == 2
+        patch.setattr(cmaev, "notice_signals", lambda: lambda: signal.SIGTERM * second_line())
         assert run(pretrain, *command) == str(cmaev.SAVED_AND_STOPPED)
     assert run(pretrain, *command) is None
     log = cmaev.read_log(tmp_path / "run")
     assert log[-1]["step"] == 20 and log[-1]["skipped_steps"] == 0 and log[-1]["loss"] < log[0]["loss"]
     assert all(0 <= line["data_wait"] < 1 and line["memory_mib"] > 0 for line in log)
     for how in ([], ["--probe", "linear"]):
-        assert run(finetune, *finetuning(demo, tmp_path / "tuned", "--init", tmp_path / "run", *usual, *how)) is None
-
-
-if __name__ == "__main__":
-    work_as_rank(Path(sys.argv[1]))
+        command = finetuning(demo, tmp_path / "tuned", "--init", tmp_path / "run", *usual, *how)
+        assert run(finetune, *command) is None
