@@ -1629,7 +1629,7 @@ def test_hugging_face_gives_the_same_tokens_loss_and_logits(tmp_path):
         "--epochs 3 --warmup-epochs 3": "error: --warmup-epochs 3: give less than --epochs 3",
         "--epochs 2": "error: the recipe's --warmup-epochs 2: give less than --epochs 2",
         "--warmup-epochs 45": "error: --warmup-epochs 45: give less than the recipe's --epochs 45",
-        "--recipe small --repeats 3": "x the recipe's --micro-batch 64 (0: all), and this a multiple of 3"}.items()),
+        "--recipe small --repeats 3": "x the recipe's --micro-batch 64 (0: all), which must be a multiple of 3"}.items()),
     *((finetune, *row) for row in {
         "--val large.txt": "large.txt: good.mp4 is of class 7: training has 0 to 0",
         "--data none.txt": "good.mp4 has label None: give 0, 1, 2",
