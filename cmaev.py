@@ -196,7 +196,7 @@ class CubeEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: [B, N, D] -> [B, N, D]. VideoMAE has no key bias: it has no effect."""
+    """Multi-head self-attention: [B, N, D] -> [B, N, D]. The key bias has no effect; VideoMAE has none."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -253,11 +253,9 @@ class Encoder(nn.Module):
     To add an encoder, write a subclass with `forward` and `layers`, and add it to ENCODERS.
     """
 
-    heads = None  # of the attention
-
-    def __init__(self, width, frames, size, tubelet, patch):
+    def __init__(self, width, frames, size, tubelet, patch, heads=None):
         super().__init__()
-        self.width, self.cube = width, (tubelet, patch, patch)
+        self.width, self.heads, self.cube = width, heads, (tubelet, patch, patch)
         self.grid = token_grid(frames, size, tubelet, patch)
         self.register_buffer("positions", sincos_table(math.prod(self.grid), width), persistent=False)
 
@@ -286,8 +284,7 @@ class VisionTransformer(Encoder):
     """VideoMAE's ViT: cube embedding, fixed positions, pre-norm blocks; no class token."""
 
     def __init__(self, width, depth, heads, frames=16, size=224, tubelet=2, patch=16, drop_path=0.0):
-        super().__init__(width, frames, size, tubelet, patch)
-        self.heads = heads
+        super().__init__(width, frames, size, tubelet, patch, heads)
         self.patch_embed = CubeEmbed(width, self.cube)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))  # as one matrix [MAE]
         rates = np.linspace(0, drop_path, depth).tolist()
@@ -370,9 +367,9 @@ class ConvBlock(nn.Module):
         """The depthwise 5 x 5 x 5 convolution at the visible tokens: [B, N_v, s, s, C] -> the same.
 
         Equals map_to_tokens(depthwise(tokens_to_map(x, grid, visible)), grid) at the visible tokens, and computes
-        no others: at 90 % masking 10 to 20 times as fast on a CPU. One matrix per channel maps a window to the
-        results of the kernel's 5 temporal taps; its rows are their results for one-hot images. Each tap's result
-        is shifted in time; all are summed.
+        no others: at 90 % masking 10 to 20 times as fast on a CPU. Per channel, one matrix
+        [(s + 4)^2, 5 s^2] applies the kernel's 5 temporal taps to a window. Row k is their result for a window that
+        is 1 at pixel k and 0 elsewhere. Each tap's result is then shifted in time; all are summed.
         """
         with torch.autocast("cpu", enabled=False):
             x = x.float() if x.device.type == "cpu" else x  # oneDNN's bf16 gradient is wrong (torch 2.14, 2.15)
@@ -385,7 +382,7 @@ class ConvBlock(nn.Module):
             matrices = F.conv2d(images, self.depthwise.weight.view(-1, 1, 5, 5)).view(pixels, channels, -1)
             taps = windows.flatten(1, 3) @ matrices.transpose(0, 1)  # [C, B N_v, 5 s^2]
             taps = taps.view(channels, batch, grid[0], -1, 5, side, side).unbind(4)
-            shifted = [F.pad(tap, (0, 0, 0, 0, 0, 0, 2 - i, i - 2))  # by 2 - i time steps
+            shifted = [F.pad(tap, (0, 0, 0, 0, 0, 0, 2 - i, i - 2))  # by 2 - i time steps, if within the clip
                        for i, tap in enumerate(taps) if abs(2 - i) < grid[0]]
             return sum(shifted).flatten(2, 3).movedim(0, -1) + self.depthwise.bias
 
@@ -405,10 +402,9 @@ class ConvViT(Encoder):
 
     def __init__(self, widths, depths, heads, frames=16, size=224, tubelet=2, patch=16, fusion=True,
                  drop_path=0.0):
-        super().__init__(widths[2], frames, size, tubelet, patch)
+        super().__init__(widths[2], frames, size, tubelet, patch, heads)
         if patch % 4:
             raise CMAEVError(f"patch size {patch}: ConvViT needs a multiple of 4")
-        self.heads = heads
         self.patch_embed1 = CubeEmbed(widths[0], (tubelet, patch // 4, patch // 4))
         self.patch_embed2 = nn.Linear(4 * widths[0], widths[1])
         self.patch_embed3 = nn.Linear(4 * widths[1], widths[2])
@@ -604,7 +600,7 @@ def reconstruction_loss(prediction, clip, masked, grid):
 def info_nce(query, key, temperature, video_index=None):
     """Equations 4 and 5: cosine similarity and InfoNCE over the keys of all ranks, with the same B on each.
 
-    query, key [B, C]; row i of both is the same clip; keys of other videos are negatives. `video_index`:
+    query, key [B, C]; row i of both is of one sample; keys of other videos are negatives. `video_index`:
     int64 [B], of each clip's video; without it all clips are from different videos. Returns the loss and the
     share of queries whose most similar key is the positive; float32 scalars.
     """
@@ -623,9 +619,10 @@ def info_nce(query, key, temperature, video_index=None):
 class CMAEV(nn.Module):
     """The whole method. model(online, target, mask) -> a dict of losses.
 
-    online, target: normalised clips [B, 3, T, H, W]; mask: bool [B, N], on the CPU; video_index: see info_nce. Losses:
-    loss, reconstruction, contrast and accuracy, float32 scalars; and the online feature [B, D]. pretrain.py
-    applies augment_colors to the target, normalize to both, and calls update_target after each optimiser step.
+    online, target: normalised clips [B, 3, T, H, W]; mask: bool [B, N], on the CPU; video_index: see info_nce.
+    Returns loss, reconstruction, contrast and accuracy, float32 scalars, and the online feature [B, D].
+    pretrain.py applies augment_colors to the target, normalize to both, and calls update_target after each
+    optimiser step.
     `contrast_weight` 0 is VideoMAE (ViT) or a video ConvMAE (ConvViT): no target branch is built. With
     target=None the loss is the reconstruction's. `geometry`: see build_encoder.
     """
@@ -680,7 +677,8 @@ class CMAEV(nn.Module):
         """Returns four clips in [0, 1], shaped as the normalised clip [B, 3, T, H, W].
 
         The original, and three copies with the masked cubes replaced: by ImageNet's mean, by the cube's mean
-        colour, by the prediction. It is of standardised cubes and gets the original cube's mean and deviation.
+        colour, by the prediction. The decoder predicts standardised cubes; they get the original cube's mean and
+        deviation.
         """
         self.encoder.check_mask(mask)
         visible, masked = visible_and_masked(mask, clip.device)
@@ -717,8 +715,8 @@ def multi_scale_crop(height, width, generator=None):
     """Draws VideoMAE's multi-scale crop -> (top, left, height, width) in pixels.
 
     Height and width are the short side times 1, .875, .75 or .66, at most one step apart. The offset is one
-    of 13, in quarters of the margin: corners, centre, edge middles, quarter points. [choice]: VideoMAE rounds
-    the quarter down, which misses the far edges by up to 3 pixels, and turns sides of 222 to 226 into 224.
+    of 13, in quarters of the margin: corners, centre, edge middles, quarter points. [choice] Exact offsets and
+    sides. VideoMAE rounds the quarter down, up to 3 pixels from the far edges, and sides of 222 to 226 to 224.
     """
     sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
     sizes = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
@@ -754,7 +752,7 @@ def color_parameters(brightness, contrast, saturation, hue, sigma):
     Takes scalars: torchvision's factors, hue as a fraction of a full turn. All but the blur form one affine
     map, in argument order, clamped once [choice]: hue rotates the IQ plane, contrast mixes in the clip's mean
     luma. torchvision uses a random order, shifts hue in HSV, takes each frame's mean, and clamps after each.
-    The two hue shifts differ from each other about as much as each changes a pixel.
+    At a pixel, this hue shift and torchvision's differ about as much as either changes it.
     """
     rgb_to_yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
@@ -805,9 +803,8 @@ class VideoClips(Dataset):
     """Base dataset: dataset[epoch, index] -> dict of tensors, a pure function of (seed, epoch, index).
 
     `videos`: from read_list. A subclass defines sample(video, label, index, generator) -> dict of tensors
-    [clips, ...]. A bad video is listed in the file `log` and another
-    one, drawn from (seed, epoch, index, attempt), replaces it: "replaced", bool [clips], is then True. Raises
-    BadVideo after `attempts` bad videos in a row.
+    [clips, ...]. A bad video is listed in the file `log`. Another one, drawn from (seed, epoch, index, attempt),
+    replaces it: "replaced", bool [clips], is then True. Raises BadVideo after `attempts` bad videos in a row.
     """
 
     attempts = 10
@@ -911,7 +908,7 @@ SKIPPING = {"h264", "hevc"}  # decoders that can skip frames packet by packet; l
 ONE_TO_ONE = {"h264", "hevc", "av1", "vp9", "mjpeg", "prores"}  # codecs with one shown frame per packet
 ANY_METADATA = dict(metadata_errors="replace") if int(av.__version__.split(".")[0]) < 19 else {}  # not UTF-8
 CONVERTED = {0, 1, 2, 4, 5, 6, 7, 9}  # matrices of H.273 that swscale 9 converts to RGB; 2: none given
-SideDataType._missing_ = classmethod(lambda cls, value: cls.PANSCAN)  # PyAV 18 raises for types of FFmpeg 8.1
+SideDataType._missing_ = classmethod(lambda cls, value: cls.PANSCAN)  # else FFmpeg 8.1's types raise
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")  # see read_image
 MAX_PIXELS = 2**26  # of one frame
 MAX_BYTES = 2**32  # of the frames of one sample, before they are cropped
@@ -941,9 +938,9 @@ class Video:
     """The sequence of frames that `ffmpeg -i path` shows.
 
     `path`: a file, whose best video stream is read, or a folder of JPEG or PNG frames (see frame_files). If a
-    file's packets give a frame index that can be trusted, `read` seeks; else it decodes from the start, or takes
-    the frames that were kept when they were counted, if they have at most MAX_KEPT pixels. A read that finds
-    another number of frames than the index has corrects the length and raises BadVideo: draw the indices again.
+    file's packets give a frame index that can be trusted, `read` seeks; else it decodes from the start, or reuses
+    the frames kept while counting (up to MAX_KEPT pixels). If a read finds that the index has the wrong number of
+    frames, it corrects the length and raises BadVideo: draw the indices again.
     Raises BadVideo also if the file cannot be opened, has no frames, or exceeds the limits above.
     """
 
@@ -1041,8 +1038,8 @@ class Video:
         """Sets the times of all frames and of the key frames, if they can be trusted.
 
         Conditions [choice]: the format has a timestamp per frame and the codec a frame per packet; no packet is
-        damaged; times are distinct; B-frames reorder them; the first packet is a key frame and the first frame,
-        and the decoder shows it. Packets that an edit list discards are not shown.
+        damaged; times are distinct and, with B-frames, not in rising order; the first packet is a key frame and
+        the first frame, and the decoder shows it. Packets that an edit list discards are not shown.
         """
         codec, packets = self.stream.codec.canonical_name, []
         if self.container.format.name.split(",")[0] not in INDEXED or codec not in ONE_TO_ONE:
@@ -1051,7 +1048,7 @@ class Video:
             if packet.is_corrupt:
                 return
             if not packets and codec in SKIPPING:
-                copy = av.Packet(bytes(packet))  # is shown even if an edit list discards the packet
+                copy = av.Packet(bytes(packet))  # without the flag by which an edit list discards it
                 shown = self.codec.decode(copy) + self.codec.decode(None)
                 if not shown:  # H.264 may begin at a recovery point
                     return
@@ -1078,8 +1075,9 @@ class Video:
         frames, missing = {}, list(wanted)
         while missing:
             key = key_before(missing[0])
-            end = min((time for time in self.keys if time > key), default=self.times[-1])  # next key frame
-            self.container.seek((key + end) // 2, stream=self.stream)  # mp4 searches decoding times
+            next_key = min((later for later in self.keys if later > key), default=self.times[-1])
+            middle = (key + next_key) // 2  # mp4 searches by decoding time, which differs a little
+            self.container.seek(middle, stream=self.stream)
             lowest = highest = bisect_left(self.times, key)  # an edit list may discard the key frame itself
             for frame in self._decode({self.times[i] for i in (lowest, *missing)}):
                 i = bisect_left(self.times, frame.pts)
@@ -1090,7 +1088,7 @@ class Video:
                 if i == missing[0]:
                     frames[missing.pop(0)] = self._to_rgb(frame)
                 if not missing or key_before(missing[0]) > self.times[min(i + 16, self.length - 1)]:
-                    break  # 16: a decoder's delay
+                    break  # only beyond a decoder's delay, 16 frames, is a seek worth its time
                 lowest, highest = i + 1, missing[0]
             else:
                 return frames
@@ -1130,7 +1128,7 @@ class Video:
 
         A display matrix of the first frame alone (H.264's message) holds for all.
         """
-        if frame.colorspace not in CONVERTED:  # read as FFmpeg 5 does: by BT.2020 or BT.601
+        if frame.colorspace not in CONVERTED:  # as FFmpeg 5: 10 as 9, BT.2020; else BT.601
             frame.colorspace = 9 if frame.colorspace == 10 else 2
         width, height = self.size
         image = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height, threads=1))
@@ -1158,7 +1156,7 @@ def display_matrix(frame):
 def upright(image, matrix):
     """Rotates and flips an image [H, W, 3] as FFmpeg's display matrix says, if there is one.
 
-    The matrix maps column x and row y of the stored picture to column a x + c y and row b x + d y of the shown.
+    The matrix maps column x and row y of the stored picture to column a x + c y and row b x + d y of the shown one.
     """
     if matrix is None:
         return image
@@ -1483,8 +1481,8 @@ def encoder_of(state, about):
     else:
         width, _, tubelet, patch, _ = state["patch_embed.proj.weight"].shape
         kind, sizes = VisionTransformer, dict(width=width, depth=depths["blocks"])
-    videomae = dict(heads=max(1, min(16, width // 64)), frames=16, size=224)  # ViT-H has 16 heads
-    sizes |= {name: about.get(name, value) for name, value in videomae.items()}
+    defaults = dict(heads=max(1, min(16, width // 64)), frames=16, size=224)  # VideoMAE's; ViT-H has 16 heads
+    sizes |= {name: about.get(name, value) for name, value in defaults.items()}
     return kind, dict(sizes, tubelet=tubelet, patch=patch)
 
 
@@ -1568,7 +1566,7 @@ def argument_parser(text):
 def parse_settings(parser, recipes, argv):
     """Parses the command line -> settings, a Namespace.
 
-    The values of --recipe, a dict in `recipes`, replace the parser's defaults. --data without --val drops the recipe's.
+    The values of --recipe, a dict in `recipes`, replace the parser's defaults. --data without --val drops its --val.
     settings.overridden: {name of a given flag: its default}.
     Raises CMAEVError for a wrong flag or value, and for --data without --recipe.
     """
@@ -1668,20 +1666,20 @@ def notice_signals():
     """
     received = [0]
 
-    def note(number, _):
-        received.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C ends the process at once
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+    def note(signum, _):
+        received.append(signum)
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.default_int_handler)  # a second Ctrl-C ends the process at once
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, note)
     return lambda: max(objects_of_ranks(max(received)))
 
 
-def stop_run(number, step):
+def stop_run(signum, step):
     """Ends the process after a signal, when rank 0 has saved."""
     objects_of_ranks(None)  # waits for rank 0
-    print0(f"stopped by {signal.Signals(number).name}, saved after step {step}: the same command continues")
-    sys.exit(130 if number == signal.SIGINT else SAVED_AND_STOPPED)
+    print0(f"stopped by {signal.Signals(signum).name}, saved after step {step}: the same command continues")
+    sys.exit(130 if signum == signal.SIGINT else SAVED_AND_STOPPED)
 
 
 def ignore_signals(worker):
@@ -1794,7 +1792,7 @@ def amp_dtype(name, device):
 
 def grad_scaler(dtype, device):
     """Scales the loss for fp16. For bf16 and float32 the scale stays 1: the scaler only skips bad steps."""
-    scale, interval = (2.0**16, 2000) if dtype is torch.float16 else (1.0, 0)  # tells resume of another --amp
+    scale, interval = (2.0**16, 2000) if dtype is torch.float16 else (1.0, 0)  # 0: a mark for resume
     return torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=interval)
 
 
@@ -1867,7 +1865,7 @@ class Meter:
         self.step, self.began = 0, time.perf_counter()  # of the last log line
         self.counts = dict(bad_clips=0, skipped_steps=0)  # of the whole run
         self.sums = torch.zeros(len(names) + 2, dtype=torch.float64, device=device)
-        self.in_a_row = torch.zeros((), device=device)  # skipped steps, up to the last one
+        self.in_a_row = torch.zeros((), device=device)  # skipped steps in a row, ending with the last
 
     def add(self, values, grad_norm, replaced):
         """Adds a step's values, a float scalar per name, unless it was skipped; counts its replaced clips."""

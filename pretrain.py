@@ -34,12 +34,12 @@ RECIPES = {
     "ssv2": dict(out="runs/pretrain-ssv2", rate=2, max_shift=4),
 }
 FREE = {"compile", "workers", "micro_batch", "log_every", "save_every", "picture_every", "val",
-        "bad_share", "overridden"}  # may change when a run continues
+        "bad_share", "out", "overridden"}  # may change when a run continues
 
 
 def add_shared_settings(parser):
     """The settings that finetune.py has too. The defaults are those of pre-training."""
-    flag = argparse.BooleanOptionalAction
+    on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group("videos").add_argument
     add("--data", default="", help="list file (`path label` per line) or folder of class folders")
     add("--val", default="", help="the same: videos to log L_r of, or to evaluate fine-tuning on")
@@ -49,7 +49,7 @@ def add_shared_settings(parser):
 
     add = parser.add_argument_group("model").add_argument
     add("--encoder", default="vit_base", help=", ".join(cmaev.ENCODERS))
-    add("--fusion", action=flag, default=True, help="ConvViT: multi-scale fusion")
+    add("--fusion", action=on_off, default=True, help="ConvViT: multi-scale fusion")
     add("--frames", type=cmaev.COUNT, default=16, help="frames per clip")
     add("--size", type=cmaev.COUNT, default=224, help="height and width of a clip in pixels")
     add("--tubelet", type=cmaev.COUNT, default=2, help="frames per token")
@@ -72,7 +72,7 @@ def add_shared_settings(parser):
     add = parser.add_argument_group("machine and output").add_argument
     add("--amp", choices=["auto", "bf16", "fp16", "none"], default="auto",
         help="auto: bf16 if the device is fast at it, else fp16 (GPU) or none (CPU)")
-    add("--compile", action=flag, default=False, help="torch.compile")
+    add("--compile", action=on_off, default=False, help="torch.compile")
     add("--workers", type=cmaev.WHOLE, help="decoding processes per rank; GPU: a core each, at most 16; CPU: 2")
     add("--log-every", type=cmaev.COUNT, default=20, help="steps per log line")
     add("--save-every", type=cmaev.COUNT, default=1000, help="steps per checkpoint, at log lines")
@@ -279,9 +279,9 @@ def main():
         cmaev.write_log(run, record, steps, text)
         if picture and cmaev.this_rank() == 0:
             draw(model, clips, device, run / f"reconstruction-{done:06d}.png")
-        meter.began = time.perf_counter()
         if save and not stop:
             save_run(done)
+        meter.began = time.perf_counter()  # pictures, validation and saving do not count as training
         if stop and not last:
             cmaev.stop_run(stop, done)
     cmaev.print0(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; "
