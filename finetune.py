@@ -53,13 +53,11 @@ FREE = MACHINE | {"micro_batch", "bad_share", "segments", "crops", "val", "val_e
 
 # Labelled videos --------------------------------------------------------------------------------------------
 
-def read_labelled(path, flag):
+def read_labelled(path):
     """read_list -> [(path, class)]; a class is a label of the list, or the name of a class folder.
 
-    Raises CMAEVError for no path and for a missing label.
+    Raises CMAEVError for a missing label.
     """
-    if not path:
-        raise CMAEVError(f"--{flag} is not given: name a list (`path label` per line) or class folders")
     videos = cmaev.read_list(path)
     for video, label in videos:
         if label is None or label < 0:
@@ -70,30 +68,26 @@ def read_labelled(path, flag):
 
 
 def class_names(videos, source="", file=""):
-    """The classes of read_labelled's videos of a list or folder `source` -> {class: name}, sorted.
+    """The classes of read_labelled(source)'s videos -> {class: name}, sorted.
 
     The names are the lines of `file` (--names), or the class folders; in a list the folders that hold the
     videos, if each class has its own, else the labels. Raises CMAEVError for a label without a line of its own.
     """
-    classes = sorted({label for _, label in videos})
-    if os.path.isdir(source):
-        if file:
-            raise CMAEVError("--names is for lists: a folder's classes are its class folders")
-        return {folder: folder for folder in classes}
+    folders = sorted({(label, Path(path).parent.name) for path, label in videos})
+    names = dict(folders)
+    if file and os.path.isdir(source):
+        raise CMAEVError("--names is for lists: a folder's classes are its class folders")
     if file:
+        last = max(names)
         text = Path(file).read_text(encoding="utf-8-sig", errors="replace")  # sig: skips a byte order mark
-        names = [line.strip() for line in text.rstrip().split("\n")]
-        if len(set(names) - {""}) < max(len(names), classes[-1] + 1) or {"\ufffd", "\0"} & set(text):
-            raise CMAEVError(f"{file} has {len(names)} lines: give each label, 0 to {classes[-1]}, a name of "
-                             "its own, one per line, in UTF-8")
-        return dict(enumerate(names))
-    folders = {}
-    for path, label in videos:
-        folders.setdefault(label, set()).add(Path(path).parent.name)
-    names = [folder for label in classes for folder in folders[label]]
-    if len(set(names)) == len(names) == len(classes):
-        return dict(zip(classes, names))
-    return {label: str(label) for label in classes}
+        lines = [line.strip() for line in text.rstrip().split("\n")]
+        if len(set(lines) - {""}) < max(len(lines), last + 1) or {"\ufffd", "\0"} & set(text):
+            raise CMAEVError(f"{file} has {len(lines)} lines: give each label, 0 to {last}, a name of its own, "
+                             "one per line, in UTF-8")
+        return dict(enumerate(lines))
+    if os.path.isdir(source) or len(set(names.values())) < len(folders):
+        return {label: str(label) for label in names}
+    return names
 
 
 def numbered(videos, classes, path):
@@ -107,29 +101,29 @@ def numbered(videos, classes, path):
 
 def hold_out(videos, seed):
     """A seeded tenth of each class, at least one if it has two -> (videos to train on, videos to test on)."""
-    with cmaev.seeded(seed) as generator:
-        order = torch.randperm(len(videos), generator=generator).tolist()
-    tests = set()
+    shuffled, tests = cmaev.subset(videos, len(videos), seed), set()
     for label in {label for _, label in videos}:
-        members = [i for i in order if videos[i][1] == label]
+        members = [video for video in shuffled if video[1] == label]
         tests.update(members[:max(round(len(members) / 10), int(len(members) > 1))])
-    return [v for i, v in enumerate(videos) if i not in tests], [videos[i] for i in sorted(tests)]
+    return [video for video in videos if video not in tests], [video for video in videos if video in tests]
 
 
 def read_classes(s):
     """Reads --data, --val, --subset -> training videos, test videos, names, what settings.json stores."""
-    videos, held_out = read_labelled(s.data, "data"), []
-    if not s.val:
-        videos, held_out = hold_out(videos, s.seed)
-        if not held_out:
-            raise CMAEVError(f"{s.data} has one video per class: give --val, videos to test on")
-        print0(f"no --val: {len(held_out)} of the {len(videos) + len(held_out)} videos of {s.data}, a tenth of "
-               f"each class drawn by --seed {s.seed}, are held out to test on")
-    names = class_names(videos + held_out, s.data, s.names)
+    labelled = read_labelled(s.data)
+    names = class_names(labelled, s.data, s.names)
     classes, names = list(names), list(names.values())
-    videos = cmaev.subset(numbered(videos, classes, s.data), s.subset, s.seed)
-    held_out = numbered(held_out, classes, s.data)
-    tests = held_out or numbered(read_labelled(s.val, "val"), classes, s.val)
+    videos, held_out = numbered(labelled, classes, s.data), []
+    if s.val:
+        tests = numbered(read_labelled(s.val), classes, s.val)
+    else:
+        videos, held_out = hold_out(videos, s.seed)
+        tests = held_out
+        print0(f"no --val: {len(tests)} of the {len(labelled)} videos of {s.data}, a tenth of each class drawn "
+               f"by --seed {s.seed}, are held out to test on")
+    if not tests:
+        raise CMAEVError(f"{s.data} has one video per class: give --val, videos to test on")
+    videos = cmaev.subset(videos, s.subset, s.seed)
     cmaev.check_readable(videos)
     cmaev.check_readable(tests)
     return videos, tests, names, dict(names=names, classes=classes, held_out=held_out)
@@ -159,7 +153,7 @@ class TrainClips(cmaev.VideoClips):
 
     Each has frames of its own [choice]; VideoMAE augments the same ones twice. `sampling`: "dense" (a stride
     of `rate`, K400) or "uniform" (one frame per part, SSv2). `augment`: uint8 [T, 3, H, W] -> [T, 3, S, S].
-    dataset[epoch, index], R = repeats -> clip uint8 [R, T, 3, S, S], label int64 [R], replaced (VideoClips).
+    dataset[epoch, index] -> clip uint8 [repeats, T, 3, S, S], label int64 [repeats], replaced (VideoClips).
     """
 
     def __init__(self, videos, frames, rate, sampling, augment, repeats=1, seed=0, log=None):
@@ -194,8 +188,8 @@ class TestViews(cmaev.VideoClips):
         super().__init__(videos)
         if sampling not in ("dense", "uniform"):
             raise CMAEVError(f"no sampling {sampling!r}: give 'dense' or 'uniform'")
-        self.frames, self.rate, self.size, self.sampling = frames, rate, size, sampling
-        self.segments, self.crops = segments, crops
+        self.frames, self.rate, self.sampling = frames, rate, sampling
+        self.size, self.segments, self.crops = size, segments, crops
 
     def __getitem__(self, key):
         try:
@@ -207,8 +201,8 @@ class TestViews(cmaev.VideoClips):
     def frame_indices(self, num_frames):
         """Places the clips evenly [VideoMAE], a single one in the middle -> list of int64 [T].
 
-        Dense: from the first to the last start, rounded down (VideoMAE's are multiples of the rate). Uniform:
-        at 0, 1 / segments, 2 / segments, ... of each part.
+        Dense: from the first to the last start (VideoMAE's are multiples of the rate). Uniform: at 0,
+        1 / segments, 2 / segments, ... of each part.
         """
         n = self.segments
         if self.sampling == "uniform":
@@ -222,11 +216,10 @@ class TestViews(cmaev.VideoClips):
         views = []
         for clip in read_clips(video, self.frame_indices(len(video))):
             clip = v2.functional.resize(clip, [self.size], antialias=True)  # the short side
-            room = [side - self.size for side in clip.shape[2:]]
-            for k in range(self.crops):
-                step, steps = (k, self.crops - 1) if self.crops > 1 else (1, 2)  # a single one: the middle
-                top, left = [step * free // steps for free in room]  # rounded down [VideoMAE]
-                views.append(clip[..., top:top + self.size, left:left + self.size])
+            axis = 2 if clip.shape[2] > clip.shape[3] else 3  # the long side
+            room, n = clip.shape[axis] - self.size, self.crops
+            starts = [k * room // (n - 1) for k in range(n)] if n > 1 else [room // 2]  # [VideoMAE]
+            views += [clip.narrow(axis, start, self.size) for start in starts]
         return dict(clip=torch.stack(views))
 
 
@@ -260,12 +253,11 @@ def mixing(mixup, cutmix, classes):
     """
     chosen = [transform(alpha=alpha, num_classes=classes)
               for transform, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
-    if not chosen:
-        return lambda clips, labels: (clips, labels)
-    either = v2.RandomChoice(chosen)
 
     def mix(clips, labels):
-        images, labels = either(clips.flatten(1, 2), labels)  # torchvision takes [B, channels, H, W]
+        if not chosen:
+            return clips, labels
+        images, labels = v2.RandomChoice(chosen)(clips.flatten(1, 2), labels)  # it takes [B, channels, H, W]
         return images.view_as(clips), labels
     return mix
 
@@ -459,8 +451,8 @@ def read_settings():
     add("--predict", nargs="+", metavar="FILE", help="only print the best classes of videos")
     add("--features", metavar="FILE", default="", help="only write the pooled features of --data, an .npz")
     add("--best", action=flag, default=False, help="--eval, --predict: best.pt instead of checkpoint.pt")
-    add("--init", help="weights: a run, a file of this project, VideoMAE or Hugging Face, or none; what the "
-        "flags of the model do not give is theirs, and if --recipe is not given, it is the run's")
+    add("--init", help="weights: a run, a file of this project, VideoMAE or Hugging Face, or none; they set "
+        "the flags of the model that are not given; a run sets --recipe too")
     add("--names", metavar="FILE", default="", help="class names of a list, one per line, label 0 first")
     add("--val-every", type=cmaev.WHOLE, default=5, help="epochs per one-view test, for best.pt; 0: none")
 
@@ -494,6 +486,8 @@ def read_settings():
         for name in record["settings"].keys() - s.overridden.keys() - MACHINE - {"out"}:
             setattr(s, name, record["settings"][name])
         return s
+    if not s.data:
+        raise CMAEVError("--data is not given: name a list (`path label` per line) or class folders")
     if s.init != "none":
         take_sizes_of_init(s)
     if s.probe or s.features:
@@ -556,10 +550,10 @@ def train(s, device):
     if start == steps and cmaev.sum_over_ranks(torch.tensor(int(evaluated.exists()))):
         return print0(f"{run} is finished, all {steps} steps: give --eval, or another --out")
     evaluated.unlink(missing_ok=True)
-    going_on = f"; continuing from step {start}" if start else ""
     print0(f"{s.encoder}, {s.frames} x {s.size} x {s.size}, from {s.init}; {len(videos)} videos of "
            f"{len(names)} classes ({names[0]} to {names[-1]}), {steps} steps of {per_step} clips; "
-           f"{world} x {device.type}, {dtype or torch.float32}{going_on}")
+           f"{world} x {device.type}, {dtype or torch.float32}"
+           + (f"; continuing from step {start}" if start else ""))
     cmaev.note_weak_settings(s, steps)
     parallel = cmaev.data_parallel(model)
     if s.compile:
@@ -621,7 +615,7 @@ def evaluate(s, device):
     record, weights = read_record(s.out, s.best)
     model, tests = load(s.out, s.best, s).to(device), record["held_out"]
     if s.val:
-        tests = numbered(read_labelled(s.val, "val"), record["classes"], s.val)
+        tests = numbered(read_labelled(s.val), record["classes"], s.val)
     folder = Path(s.out) / f"eval-{weights.stem}-{s.size}-{s.segments}x{s.crops}"
     folder.mkdir(exist_ok=True)
     accuracy(model, test_views(s, tests), s, device, folder)

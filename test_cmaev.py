@@ -1276,7 +1276,7 @@ def test_folders_as_people_have_them(tmp_path, capsys):
     assert videos == [(str(tmp_path / name), label) for name, label in expected.items()]
     assert "3 files are not videos and are left out, for example" in capsys.readouterr().out
     with pytest.raises(cmaev.CMAEVError, match="flat.webm has label None"):
-        finetune.read_labelled(tmp_path, "data")
+        finetune.read_labelled(tmp_path)
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     with pytest.raises(OSError, match="symbolic links"):
         cmaev.read_list(tmp_path)
@@ -2130,9 +2130,9 @@ def test_classes_of_folders_and_lists(tmp_path):
     """Test videos are matched by class folder or label, whichever training had; a tenth of each class is held out."""
     touch(tmp_path, *(f"train/{c}/{i}.mp4" for c in ("apple", "banana", "cherry") for i in range(25)),
           *(f"val/{c}/{i}.mp4" for c in ("apple", "cherry") for i in range(2)))
-    train = finetune.read_labelled(tmp_path / "train", "data")
+    train = finetune.read_labelled(tmp_path / "train")
     names = finetune.class_names(train, tmp_path / "train")
-    labels_of = lambda path: [i for _, i in finetune.numbered(finetune.read_labelled(path, "val"), [*names], path)]
+    labels_of = lambda path: [i for _, i in finetune.numbered(finetune.read_labelled(path), [*names], path)]
     assert list(names.items()) == [(name, name) for name in ("apple", "banana", "cherry")]
     assert labels_of(tmp_path / "train") == [0] * 25 + [1] * 25 + [2] * 25
     assert labels_of(tmp_path / "val") == [0, 0, 2, 2]
