@@ -13,7 +13,6 @@ The same command run again continues from the last checkpoint. --help lists the 
 
 import argparse
 import csv
-import json
 import math
 import os
 import signal
@@ -385,7 +384,7 @@ def report(scores, videos, names, folder):
     """Scores [M, classes] of labelled videos -> top-1 and top-5 in per cent; writes to a folder, if given.
 
     A row of NaN, a video that cannot be read, counts as wrong. predictions.csv holds path, label and the five
-    best classes with their probabilities; per-class.json holds each class's accuracy in per cent.
+    best classes with their probabilities.
     """
     labels, read = torch.tensor([label for _, label in videos]), ~scores.isnan().any(dim=1)
     best = scores.topk(min(5, scores.shape[1]), dim=1)
@@ -395,16 +394,13 @@ def report(scores, videos, names, folder):
         return top1, top5
     with cmaev.atomic_write(f"{folder}/predictions.csv") as file:
         rows = csv.writer(file)
-        ranks = range(1, hits.shape[1] + 1)
-        rows.writerow(["path", "label", *(f"{what}{i}" for i in ranks for what in ("class", "p"))])
+        columns = [f"{what}{i}" for i in range(1, hits.shape[1] + 1) for what in ("class", "p")]
+        rows.writerow(["path", "label", *columns])
         for (path, label), classes, values in zip(videos, best.indices.tolist(), best.values.tolist()):
             row = [path, names[label]]
             for i, p in zip(classes, values):
                 row += ["unreadable", ""] if math.isnan(p) else [names[i], f"{p:.4f}"]
             rows.writerow(row)
-    with cmaev.atomic_write(f"{folder}/per-class.json") as file:
-        json.dump({names[i]: round(100 * float(hits[labels == i, 0].float().mean()), 2)
-                   for i in labels.unique().tolist()}, file, indent=1)
     return top1, top5
 
 
@@ -546,7 +542,7 @@ def train(s, device):
     meter = cmaev.Meter(["loss"], device)
     state = dict(model=model, optimizer=optimizer, scaler=scaler, meter=meter)
     start = cmaev.resume(run, state)
-    evaluated = run / "per-class.json"  # the last file that the evaluation at the end writes
+    evaluated = run / "predictions.csv"  # the evaluation at the end writes it
     if start == steps and cmaev.sum_over_ranks(torch.tensor(int(evaluated.exists()))):
         return print0(f"{run} is finished, all {steps} steps: give --eval, or another --out")
     evaluated.unlink(missing_ok=True)
