@@ -130,19 +130,18 @@ def read_classes(s):
 
 # Clips ------------------------------------------------------------------------------------------------------
 
-def dense_indices(num_frames, frames, rate, start):
-    """Every rate-th frame, int64 [frames]. The last one of a shorter video repeats [VideoMAE]."""
-    return (start + rate * torch.arange(frames)).clamp(max=num_frames - 1)
+def dense_indices(num_frames, frames, rate, starts):
+    """Every rate-th frame from `starts` [clips] on. The last one of a shorter video repeats [VideoMAE]."""
+    return (starts[:, None] + rate * torch.arange(frames)).clamp(max=num_frames - 1)
 
 
-def uniform_indices(num_frames, frames, offset):
-    """A frame of each of `frames` equal parts [TSN]; `offset` in [0, 1), one or [frames], places it there."""
-    return ((torch.arange(frames) + offset) * num_frames / frames).long().clamp(max=num_frames - 1)
+def uniform_indices(num_frames, frames, offsets):
+    """One frame in each of `frames` equal parts [TSN], at `offsets` in [0, 1) of it, [clips, frames or 1]."""
+    return ((torch.arange(frames) + offsets) * num_frames / frames).long().clamp(max=num_frames - 1)
 
 
 def read_clips(video, indices):
-    """Reads clips, a list of indices [T], of a Video or its frames [n, H, W, 3] -> [clips, T, 3, H, W]."""
-    indices = torch.stack(indices)
+    """Reads the frames `indices` [clips, T] of a Video, or of all its frames [n, H, W, 3] -> [clips, T, 3, H, W]."""
     frames = video[indices.flatten()] if torch.is_tensor(video) else video.read(indices.flatten())
     return frames.unflatten(0, indices.shape).movedim(-1, 2)
 
@@ -161,13 +160,11 @@ class TrainClips(cmaev.VideoClips):
         self.augment, self.repeats = augment, repeats
 
     def frame_indices(self, num_frames):
-        """Draws the frames of each clip -> list of int64 [T]."""
+        """Draws the frames of each clip -> int64 [repeats, T]."""
         if self.sampling == "uniform":
-            offsets = [torch.rand(self.frames) for _ in range(self.repeats)]
-            return [uniform_indices(num_frames, self.frames, offset) for offset in offsets]
+            return uniform_indices(num_frames, self.frames, torch.rand(self.repeats, self.frames))
         last = max(num_frames - 1 - (self.frames - 1) * self.rate, 0)
-        starts = torch.randint(last + 1, (self.repeats,)).tolist()
-        return [dense_indices(num_frames, self.frames, self.rate, start) for start in starts]
+        return dense_indices(num_frames, self.frames, self.rate, torch.randint(last + 1, (self.repeats,)))
 
     def sample(self, video, label, index, generator):
         clips = [self.augment(clip) for clip in read_clips(video, self.frame_indices(len(video)))]
@@ -198,18 +195,18 @@ class TestViews(cmaev.VideoClips):
             return dict(clip=black.byte(), replaced=torch.ones(len(black), dtype=torch.bool))
 
     def frame_indices(self, num_frames):
-        """Places the clips evenly [VideoMAE], a single one in the middle -> list of int64 [T].
+        """Places the clips evenly [VideoMAE], a single one in the middle -> int64 [segments, T].
 
         Dense: from the first to the last start (VideoMAE's are multiples of the rate). Uniform: at 0,
         1 / segments, 2 / segments, ... of each part.
         """
         n = self.segments
         if self.sampling == "uniform":
-            offsets = [k / n for k in range(n)] if n > 1 else [0.5]
-            return [uniform_indices(num_frames, self.frames, offset) for offset in offsets]
+            offsets = torch.arange(n) / n if n > 1 else torch.tensor([0.5])
+            return uniform_indices(num_frames, self.frames, offsets[:, None])
         last = max(num_frames - 1 - (self.frames - 1) * self.rate, 0)
-        starts = [k * last // (n - 1) for k in range(n)] if n > 1 else [(last + 1) // 2]
-        return [dense_indices(num_frames, self.frames, self.rate, start) for start in starts]
+        starts = torch.arange(n) * last // (n - 1) if n > 1 else torch.tensor([(last + 1) // 2])
+        return dense_indices(num_frames, self.frames, self.rate, starts)
 
     def sample(self, video, label=None, index=0, generator=None):
         views = []
