@@ -100,11 +100,11 @@ def numbered(videos, classes, path):
 
 def hold_out(videos, seed):
     """A seeded tenth of each class, at least one if it has two -> (videos to train on, videos to test on)."""
-    shuffled, tests = cmaev.subset(videos, len(videos), seed), set()
+    order, tests = cmaev.subset(range(len(videos)), len(videos), seed), set()
     for label in {label for _, label in videos}:
-        members = [video for video in shuffled if video[1] == label]
+        members = [i for i in order if videos[i][1] == label]
         tests.update(members[:max(round(len(members) / 10), int(len(members) > 1))])
-    return [video for video in videos if video not in tests], [video for video in videos if video in tests]
+    return [v for i, v in enumerate(videos) if i not in tests], [videos[i] for i in sorted(tests)]
 
 
 def read_classes(s):
@@ -112,12 +112,11 @@ def read_classes(s):
     labelled = read_labelled(s.data)
     names = class_names(labelled, s.data, s.names)
     classes, names = list(names), list(names.values())
-    videos, held_out = numbered(labelled, classes, s.data), []
+    videos = numbered(labelled, classes, s.data)
     if s.val:
         tests = numbered(read_labelled(s.val), classes, s.val)
     else:
-        videos, held_out = hold_out(videos, s.seed)
-        tests = held_out
+        videos, tests = hold_out(videos, s.seed)
         print0(f"no --val: {len(tests)} of the {len(labelled)} videos of {s.data}, a tenth of each class drawn "
                f"by --seed {s.seed}, are held out to test on")
     if not tests:
@@ -125,7 +124,7 @@ def read_classes(s):
     videos = cmaev.subset(videos, s.subset, s.seed)
     cmaev.check_readable(videos)
     cmaev.check_readable(tests)
-    return videos, tests, names, dict(names=names, classes=classes, held_out=held_out)
+    return videos, tests, names, dict(names=names, classes=classes, held_out=[] if s.val else tests)
 
 
 # Clips ------------------------------------------------------------------------------------------------------
@@ -444,8 +443,8 @@ def read_settings():
     add("--predict", nargs="+", metavar="FILE", help="only print the best classes of videos")
     add("--features", metavar="FILE", default="", help="only write the pooled features of --data, an .npz")
     add("--best", action=flag, default=False, help="--eval, --predict: best.pt instead of checkpoint.pt")
-    add("--init", help="weights: a run, a file of this project, VideoMAE or Hugging Face, or none; they set "
-        "the flags of the model that are not given; a run sets --recipe too")
+    add("--init", help="weights: a run, a file of this project, VideoMAE or Hugging Face, or none; gives the "
+        "model's flags, a run --recipe too")
     add("--names", metavar="FILE", default="", help="class names of a list, one per line, label 0 first")
     add("--val-every", type=cmaev.WHOLE, default=5, help="epochs per one-view test, for best.pt; 0: none")
 
@@ -529,8 +528,8 @@ def train(s, device):
     optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True)
     scaler = cmaev.grad_scaler(dtype, device)
     augment = training_augmentation(s.size, s.smallest_crop, s.flip, s.rand_augment, s.erasing)
-    clips = TrainClips(videos, s.frames, s.rate, s.sampling, augment, s.repeats, s.seed,
-                       log=run / "bad-videos.jsonl")
+    log = run / "bad-videos.jsonl"
+    clips = TrainClips(videos, s.frames, s.rate, s.sampling, augment, s.repeats, s.seed, log)
     mix = mixing(s.mixup, s.cutmix, len(names))
     per_step, per_epoch = s.batch_size * s.repeats, len(videos) // s.batch_size
     steps = s.epochs * per_epoch
@@ -586,8 +585,8 @@ def train(s, device):
         if validate:
             top1, top5 = accuracy(model, one_view, s, device)
             text += f"  top-1 {top1:.2f} %"
-            log = cmaev.read_log(run) if cmaev.this_rank() == 0 else []
-            if all(top1 > line.get("val_top1", -1) for line in log):
+            before = cmaev.read_log(run) if cmaev.this_rank() == 0 else []
+            if all(top1 > line.get("val_top1", -1) for line in before):
                 cmaev.save_checkpoint(run, done, dict(model=model), "best.pt")
             record |= dict(val_top1=top1, val_top5=top5)
             model.train()

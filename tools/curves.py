@@ -8,8 +8,9 @@ from pathlib import Path
 
 import cmaev
 
-PANELS = dict(loss="loss", reconstruction="reconstruction loss", contrast="InfoNCE", accuracy="accuracy of InfoNCE",
-              held_out_reconstruction="held-out reconstruction loss", val_top1="top-1 of one view, per cent")
+PANELS = dict(loss="loss", reconstruction="reconstruction loss", contrast="InfoNCE",
+              accuracy="accuracy of InfoNCE", held_out_reconstruction="held-out reconstruction loss",
+              val_top1="top-1 of one view, per cent")
 
 
 def main():
@@ -26,9 +27,10 @@ def main():
 
     logs = {}
     for run in s.runs:
-        if not (run / "log.jsonl").is_file() or not (log := cmaev.read_log(run)):
-            raise cmaev.CMAEVError(f"{run} holds no log of a run: give an --out folder of pretrain.py or finetune.py")
-        logs[run] = log
+        logs[run] = cmaev.read_log(run) if (run / "log.jsonl").is_file() else []
+        if not logs[run]:
+            raise cmaev.CMAEVError(f"{run} holds no log of a run: give an --out folder of pretrain.py or "
+                                   "finetune.py")
     common = os.path.commonpath([run.absolute().parent for run in logs])
     panels = [name for name in PANELS if any(line.get(name) for log in logs.values() for line in log)]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)

@@ -16,8 +16,8 @@ import torch
 def hugging_face_names(state, prefix=""):
     """Renames a state dict's weights to Hugging Face's names, the opposite of cmaev.convert_keys.
 
-    Biases are written twice: transformers 5.8 to 5.16 read query.bias and value.bias alone, 4 to 5.4 q_bias and
-    v_bias alone.
+    Biases are written twice: transformers 5.8 to 5.16 read query.bias and value.bias alone, 4 to 5.4 q_bias
+    and v_bias alone.
     """
     new = {}
     for name, value in (state | cmaev.split_biases(state)).items():
@@ -41,8 +41,9 @@ def head_state(model):
 def save_hugging_face(folder, encoder, decoder=None, head=None, names=()):
     """Writes a ViT in Hugging Face's layout: a folder for VideoMAEModel.
 
-    With a decoder: for VideoMAEForPreTraining. With `head`, the state dict of a classifier's fc_norm and head, and
-    class names: for VideoMAEForVideoClassification. Raises cmaev.CMAEVError for a ConvViT and for oblong clips.
+    With a decoder: for VideoMAEForPreTraining. With `head`, the state dict of a classifier's fc_norm and head,
+    and class names: for VideoMAEForVideoClassification. Raises cmaev.CMAEVError for a ConvViT and for oblong
+    clips.
     """
     if not isinstance(encoder, cmaev.VisionTransformer):
         raise cmaev.CMAEVError("Hugging Face has no ConvViT: only a ViT can be written in its layout")

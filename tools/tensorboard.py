@@ -1,4 +1,4 @@
-"""Writes a run's log and pictures for TensorBoard, into the run's folder, and follows the run (pip install tensorboard).
+"""Writes a run's log and pictures for TensorBoard into its folder, and follows it (pip install tensorboard).
 
     python -m tools.tensorboard runs/pretrain-demo [--once]      beside: tensorboard --logdir runs
 """
@@ -19,7 +19,8 @@ def main():
     except ImportError:
         raise cmaev.CMAEVError("tools.tensorboard needs the package tensorboard: pip install it") from None
     if not (s.run / "log.jsonl").is_file():
-        raise cmaev.CMAEVError(f"{s.run} holds no log of a run: give an --out folder of pretrain.py or finetune.py")
+        raise cmaev.CMAEVError(f"{s.run} holds no log of a run: give an --out folder of pretrain.py or "
+                               "finetune.py")
 
     writer, last = SummaryWriter(s.run), 0
     while True:
