@@ -47,7 +47,7 @@ RECIPES = {
 SIZES = {"encoder", "frames", "size", "tubelet", "patch", "fusion"}  # told by the weights of --init
 MACHINE = {"compile", "workers", "log_every", "save_every"}
 FREE = MACHINE | {"micro_batch", "bad_share", "segments", "crops", "val", "val_every", "eval", "predict",
-                  "features", "best", "overridden"}  # may change when a run continues
+                  "features", "best", "out", "overridden"}  # may change when a run continues
 
 
 # Labelled videos --------------------------------------------------------------------------------------------
