@@ -1986,11 +1986,11 @@ def test_sizes_and_recipe_come_from_init(demo, undisturbed, tmp_path, monkeypatc
     assert settings_of(file, "--recipe", "k400")[1] == told
     plain = cmaev.build_encoder("convvit_tiny", fusion=False, frames=4, size=64)
     cmaev.save_encoder(plain, tmp_path / "convvit.pt")
-    for more, views in (([], [1, 1]), (["--segments", 2], [2, 1]), (["--crops", 3], [1, 3])):
-        for task in ("--probe", "knn"), ("--features", tmp_path / "out.npz"):
-            s, sizes = settings_of(tmp_path / "convvit.pt", "--recipe", "k400", *task, *more)
-            assert sizes == dict(encoder="convvit_tiny", frames=4, size=64, tubelet=2, patch=16)
-            assert [s.segments, s.crops] == views and not s.fusion
+    for more, views in (("--probe knn", [1, 1]), ("--probe knn --segments 2", [2, 1]),
+                        ("--features x.npz", [1, 1]), ("--features x.npz --crops 3", [1, 3])):
+        s, sizes = settings_of(tmp_path / "convvit.pt", "--recipe", "k400", *more.split())
+        assert sizes == dict(encoder="convvit_tiny", frames=4, size=64, tubelet=2, patch=16)
+        assert [s.segments, s.crops] == views and not s.fusion
 
 
 def test_a_run_is_fine_tuned_and_probed_without_its_flags(demo, undisturbed, tmp_path, capsys):
@@ -2018,12 +2018,23 @@ def test_export_of_a_run(tuned, tmp_path):
     assert config["architectures"] == ["VideoMAEForVideoClassification"]
 
 
-@slow
 def test_ranks_score_every_video_once(demo, tuned):
-    """Ten videos on three ranks."""
-    launch = "-m torch.distributed.run --standalone --nproc_per_node=3 finetune.py"
-    arguments = finetuning(demo, tuned, "--eval", "--batch-size", 12)
-    subprocess.run([sys.executable, *launch.split(), *arguments], cwd=HERE, check=True, timeout=300)
+    """Ten videos on three ranks. Forked, as an import of torch takes seconds."""
+    command, fork = finetuning(demo, tuned, "--eval", "--batch-size", 12), multiprocessing.get_context("fork")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # a free one
+
+    def score_as_rank(rank):
+        torch.set_num_threads(1)  # OpenMP's other threads are not forked
+        os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.exit(run(finetune, *command))
+    shutil.rmtree(tuned / "eval-checkpoint-32-2x2", ignore_errors=True)
+    ranks = [fork.Process(target=score_as_rank, args=(rank,), daemon=True) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
     report = tuned / "eval-checkpoint-32-2x2" / "predictions.csv"
     assert report.read_text() == (tuned / "predictions.csv").read_text()
 
