@@ -1414,7 +1414,7 @@ WRONG = [
         "--data nothing": "nothing: no videos in it", "--data good.mp4": "good.mp4: is not a text file",
         "--data audio.txt --repeats 4": "audio.mp4: has no video stream",
         "--data text.txt --repeats 4": "text.mp4: cannot be opened as a video",
-        "--data late.txt --workers 1 --out late": "10 videos in a row cannot be read, the last one: audio.mp4",
+        "--data late.txt --workers 1 --out late": "10 videos in a row cannot be read, the last one: audio.",
         "--size 50": "50x50 pixels does not divide", "--frames 3": "3 frames of 56x56",
         "--encoder vgg": "no encoder 'vgg'", "--encoder convvit_tiny --size 60 --patch 6": "patch size 6",
         "--batch-size 16": "error: --batch-size 16: give no more than",

@@ -8,7 +8,7 @@ from tools import demo_videos
 
 
 def test_classes_differ_in_motion():
-    """With the same random draws, all classes have the same middle frame and differ in the motion around it."""
+    """With the same random draws, they have the same middle frame and differ in the motion around it."""
     middle, span, moves = demo_videos.DEMO_FRAMES // 2, range(8, 41), {}
     still = list(demo_videos.demo_video(0, np.random.default_rng(3), "motions"))[middle].astype(int)
     for label, name in enumerate(demo_videos.DEMO_CLASSES):
@@ -16,10 +16,10 @@ def test_classes_differ_in_motion():
         assert np.array_equal(video[middle], still)
         lit = [np.argwhere(frame.sum(axis=-1) > 0.6 * still.sum(axis=-1).max()) for frame in video]
         row, column = np.array([lit[t].mean(axis=0) for t in span]).T
-        last, following = np.roll(row, -1), np.roll(column, -1)
+        next_row, next_column = np.roll(row, -1), np.roll(column, -1)
         moves[name] = dict(
             right=column[-1] - column[0], down=row[-1] - row[0], rows=np.ptp(row), columns=np.ptp(column),
-            turn=(column * last - following * row).sum(),  # twice the area that the closed path goes round
+            turn=(column * next_row - next_column * row).sum(),  # twice the area that the closed path goes round
             growth=len(lit[span[-1]]) / len(lit[span[0]]))
     assert moves["right"]["right"] > 10 > -10 > moves["left"]["right"]
     assert moves["down"]["down"] > 10 > -10 > moves["up"]["down"]
@@ -29,7 +29,8 @@ def test_classes_differ_in_motion():
     assert moves["bobbing"]["rows"] > 10 > 5 > moves["bobbing"]["columns"]
 
 
-@pytest.mark.parametrize("kind, per_pair, in_all", [("scenes", 24, 120), ("motions", 8, 8), ("looks", 250, 1250)])
+@pytest.mark.parametrize("kind, per_pair, in_all", [
+    ("scenes", 24, 120), ("motions", 8, 8), ("looks", 250, 1250)])
 def test_looks_tell_what_they_should(monkeypatch, kind, per_pair, in_all):
     """Backgrounds and shapes of 250 videos of each pair of classes, as the frames ask for them."""
     drawn, demo_texture, signed_distance = [], demo_videos.demo_texture, demo_videos.signed_distance

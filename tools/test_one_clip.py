@@ -29,7 +29,8 @@ def run(monkeypatch, capsys):
 def video(tmp_path, monkeypatch):
     """A video in the working folder, and a small encoder as vit_small."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(cmaev.ENCODERS, "vit_small", (cmaev.VisionTransformer, dict(width=64, depth=2, heads=2)))
+    small = cmaev.VisionTransformer, dict(width=64, depth=2, heads=2)
+    monkeypatch.setitem(cmaev.ENCODERS, "vit_small", small)
     demo_videos.write_video("clip.mp4", demo_videos.demo_video(0, np.random.default_rng(0), "motions"))
     return "clip.mp4"
 
@@ -42,8 +43,8 @@ def values_of(output):
 def test_steps_of_a_trained_run(video, tmp_path, run, weight, equations):
     """Each equation's value, and a picture of four rows."""
     (tmp_path / "list.txt").write_text(4 * "clip.mp4\n")
-    run(pretrain, *f"""--recipe demo --encoder vit_small --frames 4 --size 32 --data list.txt --epochs 1 --amp none
-        --warmup-epochs 0 --batch-size 4 --workers 0 --contrast-weight {weight} --out run""".split())
+    run(pretrain, *f"""--recipe demo --encoder vit_small --frames 4 --size 32 --data list.txt --epochs 1
+        --warmup-epochs 0 --batch-size 4 --amp none --workers 0 --contrast-weight {weight} --out run""".split())
     output = run(one_clip, video, "run")
     values = values_of(output)
     assert list(values) == [f"eq. {i}" for i in equations]
@@ -58,7 +59,8 @@ def test_steps_of_a_trained_run(video, tmp_path, run, weight, equations):
 def test_steps_with_random_weights(video, run):
     """Of 16 frames of 112 x 112: a tenth of 8 x 14 x 14 tokens is visible."""
     output = run(one_clip, video)
-    assert len(values_of(output)) == 8 and "[4, 160, 64]" in output and sorted(os.listdir()) == ["clip.mp4", "clip.png"]
+    assert len(values_of(output)) == 8 and "[4, 160, 64]" in output
+    assert sorted(os.listdir()) == ["clip.mp4", "clip.png"]
 
 
 @pytest.mark.parametrize("arguments, words", {
