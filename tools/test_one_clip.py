@@ -12,7 +12,8 @@ import cmaev
 import pretrain
 from tools import demo_videos, one_clip
 
-pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has taken stderr
+pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # of read_image
+              pytest.mark.filterwarnings("ignore:Unable to enable fault handler")]  # pytest has taken stderr
 
 
 @pytest.fixture
