@@ -1937,8 +1937,14 @@ def test_predictions_of_a_run(tuned, tmp_path, monkeypatch, capsys):
     assert run(finetune, "--out", tuned, "--workers", 0, "--predict", "./-x.mp4", rows[5][0]) is None
     answer = capsys.readouterr().out
     assert answer.startswith(f"./-x.mp4: {best} {probability:.1%}, ") and answer.count("%") == 10
+    model, video = finetune.load(tuned), cmaev.Video(path)
+    frames = video.read(range(len(video)))
+    assert model.predict(frames) == model.predict(frames.flip(3).numpy()[..., ::-1]) == model.predict(path)
+    for wrong in (frames.float(), frames[..., :2], frames[:0]):
+        with pytest.raises(cmaev.CMAEVError, match="give a path, or a video's frames"):
+            model.predict(wrong)
     with pytest.raises(cmaev.BadVideo, match="list.txt: cannot be opened"):
-        finetune.load(tuned).predict(write_list(Path("list.txt"), []))
+        model.predict(write_list(Path("list.txt"), []))
 
 
 def test_features_are_the_encoders(demo, undisturbed, tmp_path, capsys):
