@@ -1297,8 +1297,8 @@ def _read_list_file(path):
         found = [video for video in readings if listed(video[0])]
         found = found or [video for video in readings if os.path.exists(video[0])]
         if not found:
-            raise CMAEVError(f"{path}, line {number}: {readings[-1][0]} does not exist: correct the line, a "
-                             "path and an integer as its label, or take it out")
+            raise CMAEVError(f"{path}, line {number}: {readings[-1][0]} does not exist (a line is a "
+                             "path and a label, an integer; no header): correct it or take it out")
         videos.append(found[0])
     return videos
 
@@ -1583,7 +1583,8 @@ def parse_settings(parser, recipes, argv):
     settings.overridden = {name: parser.get_default(name) for name in sorted(given)}
     if "data" in given and not given & {"recipe", "eval", "predict", "features"}:
         fail("--data without --recipe: give --recipe small (16 frames of 112x112 pixels), k400 or ssv2 "
-             "(of 224x224, sampled as for Kinetics-400 or Something-Something V2), or demo (8 of 56x56)")
+             "(of 224x224, sampled as for Kinetics-400 or Something-Something V2), demo (8 of 56x56), or, to "
+             "finetune.py, a run's folder as --init")
     if "val" in given and not given & {"data", "eval", "predict", "features"}:
         fail("--val without --data: give both")
     if "data" in given and "val" not in given:

@@ -60,7 +60,8 @@ def read_labelled(path):
     videos = cmaev.read_list(path)
     for video, label in videos:
         if label is None or label < 0:
-            raise CMAEVError(f"{path}: {video} has label {label}: give 0, 1, 2, ..., or a folder per class")
+            what = "no label" if label is None else f"label {label}"
+            raise CMAEVError(f"{path}: {video} has {what}: give 0, 1, 2, ..., or a folder per class")
     if os.path.isdir(path):
         return [(video, os.path.relpath(video, path).split(os.sep)[0]) for video, _ in videos]
     return videos
@@ -468,7 +469,10 @@ def read_settings():
     add_shared_settings(parser)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--init", nargs="?", default="none", const="none")
-    path, argv = Path(first.parse_known_args()[0].init) / "settings.json", sys.argv[1:]
+    init, argv = first.parse_known_args()[0].init, sys.argv[1:]
+    if init != "none" and not os.path.exists(init):
+        raise CMAEVError(f"--init {init}: no such run or file of weights: run pretrain.py first, or correct it")
+    path = Path(init) / "settings.json"
     if path.is_file():  # of a run; a --recipe by hand comes later and wins
         record = cmaev.parse_json(path.read_bytes(), path, "settings")
         argv = ["--recipe", record["settings"]["recipe"], *argv]
