@@ -1953,7 +1953,7 @@ def save_checkpoint(run, step, state, name="checkpoint.pt"):
 def resume(run, state):
     """Loads run/checkpoint.pt into `state`, removes later log lines -> the step to continue from, or 0.
 
-    Raises CMAEVError if the ranks see different checkpoints: DDP would average them.
+    Raises CMAEVError if the ranks see checkpoints of different steps: DDP would average them.
     """
     path, log, step = Path(run) / "checkpoint.pt", Path(run) / "log.jsonl", 0
     if path.exists():

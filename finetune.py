@@ -504,6 +504,7 @@ def take_sizes_of_init(s):
             if entry.items() <= sizes.items():
                 sizes["encoder"] = name
         sizes["size"] = np.ravel(sizes["size"])[0].item()
+    sizes["fusion"] = "fusion1.weight" in state or "patch_embed1.proj.weight" not in state  # of a ViT: unused
     for name in sorted(SIZES & sizes.keys()):
         if name not in s.overridden:
             setattr(s, name, sizes[name])

@@ -1997,6 +1997,10 @@ def test_sizes_and_recipe_come_from_init(demo, undisturbed, tmp_path, monkeypatc
         s, sizes = settings_of(tmp_path / "convvit.pt", "--recipe", "k400", *more.split())
         assert sizes == dict(encoder="convvit_tiny", frames=4, size=64, tubelet=2, patch=16)
         assert [s.segments, s.crops] == views and not s.fusion
+    settings = dict(recipe="k400", encoder="convvit_tiny", frames=4, size=64, tubelet=2, patch=16, fusion=True)
+    (tmp_path / "settings.json").write_text(json.dumps(dict(settings=settings)))  # as of a fine-tuned ConvViT
+    shutil.copy(tmp_path / "convvit.pt", tmp_path / "encoder.pt")
+    assert not settings_of(tmp_path, "--probe", "knn")[0].fusion
 
 
 def test_a_run_is_fine_tuned_and_probed_without_its_flags(demo, undisturbed, tmp_path, capsys):
