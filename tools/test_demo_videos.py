@@ -37,7 +37,7 @@ def test_looks_tell_what_they_should(monkeypatch, kind, per_pair, in_all):
 
     def noted_texture(*arguments):
         texture = demo_texture(*arguments)
-        drawn.append(tuple(texture(np.zeros(2))))
+        drawn.append(tuple(texture(np.zeros((2, 1)))[:, 0]))
         return texture
 
     def noted_distance(shape, points):
@@ -59,11 +59,17 @@ def test_looks_tell_what_they_should(monkeypatch, kind, per_pair, in_all):
 
 
 def test_videos_are_a_pure_function(tmp_path):
-    """The same files, however fast their frames come."""
+    """The files of many threads are those of one, however fast the frames come. An error leaves no videos."""
+    blocked = tmp_path / "demo.partial" / "train" / "up" / "00002.mp4"
+    blocked.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        demo_videos.make_demo(tmp_path / "demo", train=12, val=1)
+    assert not (tmp_path / "demo").exists()
+    blocked.rmdir()
     demo_videos.make_demo(tmp_path / "demo", train=12, val=1)
     videos = cmaev.read_list(tmp_path / "demo" / "train.txt")
     assert [label for _, label in videos] == [*range(10), 0, 1]
-    for i, (path, label) in enumerate(videos[:6]):
+    for i, (path, label) in enumerate(videos):
         frames = list(demo_videos.demo_video(label, np.random.default_rng((0, 0, i)), "motions"))
         demo_videos.write_video(tmp_path / "again.mp4", frames)
         with open(path, "rb") as file:
