@@ -1284,22 +1284,29 @@ def _read_list_file(path):
     if "\0" in text:
         raise CMAEVError(f"{path}: is not a text file: give a list in UTF-8 with one `path label` per line")
     root, videos = os.path.dirname(path), []
-    names_in = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+    in_root = functools.partial(os.path.join, root)
 
-    def listed(path):  # asks the file system once per folder
-        folder, slash, name = path.rpartition("/")
-        return name in names_in(folder + slash or ".")
+    @functools.cache  # asks the file system once per folder
+    def names_in(folder):
+        folder = in_root(folder) or "."
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+    def listed(reading):
+        folder, slash, name = reading[0].rpartition("/")
+        return name in names_in(folder + slash)
 
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
         if not line:
             continue
-        readings = [(os.path.join(root, name), label) for name, label in _readings(line)]
-        found = [video for video in readings if listed(video[0])]
-        found = found or [video for video in readings if os.path.exists(video[0])]
+        found = next(filter(listed, _readings(line)), None)
         if not found:
-            raise CMAEVError(f"{path}, line {number}: {readings[-1][0]} does not exist (a line is a "
+            readings = list(_readings(line))
+            found = next((reading for reading in readings if os.path.exists(in_root(reading[0]))), None)
+        if not found:
+            raise CMAEVError(f"{path}, line {number}: {in_root(readings[-1][0])} does not exist (a line is a "
                              "path and a label, an integer; no header): correct it or take it out")
-        videos.append(found[0])
+        name, label = found
+        videos.append((in_root(name), label))
     return videos
 
 
