@@ -100,7 +100,7 @@ def read_settings():
 def read_videos(s):
     """The training videos, read_list's; makes the demo's. Raises CMAEVError where they do not fill a step."""
     if s.data == DEMO and not os.path.exists(DEMO) and cmaev.this_rank() == 0:
-        cmaev.print0("making the demo's videos in data/demo: a minute or two")
+        cmaev.print0("making the demo's videos in data/demo: less than a minute on two cores")
         demo_videos.make_demo(Path(DEMO).parent)
     cmaev.objects_of_ranks(None)  # the other ranks wait for the videos
     if s.batch_size < 2:
