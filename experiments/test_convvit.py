@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in test_cmaev.py: the first to import torch decides for all tests
 import torch
 
 import cmaev
