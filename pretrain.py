@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import cmaev  # before torch: it sets how OpenMP's threads wait
@@ -185,6 +186,7 @@ def build(s, device):
             g = torch.autograd.grad(loss, f)[0] / scaler.scale(torch.ones_like(loss))  # unscaled
 
         reconstruction = first = 0
+        seen = []
         for batch in kept:  # 3. each micro-batch again, with gradient: its share of L_r, and <f, g>
             inputs = model_inputs(batch)
             end, last = first + len(batch["mask"]), batch is kept[-1]
@@ -200,7 +202,8 @@ def build(s, device):
                     loss = loss + (losses["feature"] * g[first:end]).sum()
             scaler.scale(loss).backward()
             first = end
-        losses["reconstruction"] = losses["loss"] = reconstruction
+            seen.append(losses["feature"].detach())
+        losses |= dict(loss=reconstruction, reconstruction=reconstruction, feature=torch.cat(seen))
         if weight:
             losses |= dict(contrast=contrast, accuracy=accuracy, loss=reconstruction + weight * contrast)
         return losses, replaced
@@ -256,10 +259,12 @@ def main():
     num_micro_batches = cmaev.count_micro_batches(s, s.repeats)
     order = cmaev.batches(len(videos), s.batch_size // s.repeats, steps, s.seed, start, num_micro_batches)
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=order), device)
+    features = deque(maxlen=math.ceil(4096 * cmaev.world_size() / s.batch_size))  # of this rank's last steps
     for step in range(start, steps):
         lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
         losses, grad_norm, replaced = train_step(feed)
         meter.add([losses[name].detach() for name in METRICS], grad_norm, replaced)
+        features.append(losses["feature"].detach())
 
         done = step + 1
         last = done == steps
@@ -268,11 +273,14 @@ def main():
         due = lambda every: every > 0 and (last or done // every > meter.step // every)  # before meter.read
         save, picture, stop = due(s.save_every), due(s.picture_every), received()
         record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
-        record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"])
+        record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"],
+                       effective_rank=effective_rank(torch.cat(list(features))))
+        features.clear()
         if stop:  # before the validation, as SLURM soon kills
             save_run(done)
         text = (f"loss {record['loss']:.4f} = {record['reconstruction']:.4f} + {s.contrast_weight} x "
-                f"{record['contrast']:.4f}  accuracy {record['accuracy']:.0%}")
+                f"{record['contrast']:.4f}  accuracy {record['accuracy']:.0%}  "
+                f"rank {record['effective_rank']:.1f}")
         if save and s.val:
             record["held_out_reconstruction"] = held_out_reconstruction(model, held_out, s, device)
             text += f"  held-out reconstruction {record['held_out_reconstruction']:.4f}"
@@ -287,6 +295,19 @@ def main():
     cmaev.print0(f"finished: {run} holds log.jsonl, checkpoint.pt, encoder.pt and the pictures; "
                  f"{record['bad_clips']} of {steps * s.batch_size} clips were of bad videos, "
                  f"{record['skipped_steps']} of {steps} steps were skipped")
+
+
+def effective_rank(features):
+    """The effective number of directions of features [N, D]: 1 (collapsed) to min(N - 1, D). NaN without features.
+
+    The exponential of the entropy of their covariance's normalised eigenvalues. Rows that are not finite are
+    left out.
+    """
+    features = features[features.isfinite().all(dim=1)].double()
+    if len(features) < 2:
+        return math.nan
+    eigenvalues = torch.linalg.eigvalsh(features.T.cov()).clamp(min=0)
+    return torch.special.entr(eigenvalues / eigenvalues.sum()).sum().exp().item()
 
 
 @torch.no_grad()

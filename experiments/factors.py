@@ -2,10 +2,10 @@
 
     python -m experiments.factors scenes none runs/scenes-mae-0 runs/scenes-cmaev-0
 
-For each run, or the untrained encoder, on the data of experiments/ablation.sh: the effective rank of the features, the
-exponential of the entropy of their covariance's normalised eigenvalues; top-1 of a linear probe with 1,000 labels; of
-test videos, the share whose nearest training video (cosine) has the same class; and how far the two agree in background
-colour and in the displacement of the bright spot: 1 minus the mean squared difference over that of random pairs.
+For each run, or the untrained encoder, on the data of experiments/ablation.sh: the effective rank of the features; top-1
+of a linear probe with 1,000 labels; of test videos, the share whose nearest training video (cosine) has the same class;
+and how far the two agree in background colour and in the displacement of the bright spot: 1 minus the mean squared
+difference over that of random pairs.
 """
 
 import sys
@@ -13,6 +13,7 @@ from argparse import Namespace
 
 import cmaev
 import finetune
+import pretrain
 from tools.demo_videos import DEMO_CLASSES
 
 import torch
@@ -44,9 +45,7 @@ for run in runs:
     encoder = cmaev.load_encoder(run) if run != "none" else cmaev.build_encoder("vit_tiny", frames=8, size=56, patch=8)
     train, val = (finetune.pooled_features(s, encoder, listed, cpu) for listed in videos)
     nearest = (F.normalize(val) @ F.normalize(train).T).argmax(dim=1)
-    share = torch.linalg.svdvals(train - train.mean(dim=0)) ** 2
-    share /= share.sum()
-    rank = (-(share * share.log()).sum()).exp()
+    rank = pretrain.effective_rank(train)
     scores = finetune.linear_probe(train, labels[0], val, len(DEMO_CLASSES))
     linear, neighbour = ((found == labels[1]).float().mean() for found in (scores.argmax(dim=1), labels[0][nearest]))
     color, displacement = (1 - (of_train[nearest] - of_val).square().mean() / (2 * of_val.var(dim=0).mean())

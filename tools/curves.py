@@ -9,7 +9,8 @@ from pathlib import Path
 import cmaev
 
 PANELS = dict(loss="loss", reconstruction="reconstruction loss", contrast="InfoNCE",
-              accuracy="accuracy of InfoNCE", held_out_reconstruction="held-out reconstruction loss",
+              accuracy="accuracy of InfoNCE", effective_rank="effective rank of the features",
+              held_out_reconstruction="held-out reconstruction loss",
               val_top1="top-1 of one view, per cent")
 
 
