@@ -259,7 +259,7 @@ def main():
     num_micro_batches = cmaev.count_micro_batches(s, s.repeats)
     order = cmaev.batches(len(videos), s.batch_size // s.repeats, steps, s.seed, start, num_micro_batches)
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=order), device)
-    features = deque(maxlen=math.ceil(4096 * cmaev.world_size() / s.batch_size))  # of this rank's last steps
+    features = deque(maxlen=math.ceil(4096 / s.batch_size))  # of the last steps, about 4096 clips of all ranks
     for step in range(start, steps):
         lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
         losses, grad_norm, replaced = train_step(feed)
@@ -274,7 +274,7 @@ def main():
         save, picture, stop = due(s.save_every), due(s.picture_every), received()
         record = meter.read(done, s.batch_size, per_epoch, s.bad_share)
         record |= dict(lr=lr, grad_norm=grad_norm.item(), data_wait=feed.waited() / record["seconds"],
-                       effective_rank=effective_rank(torch.cat(list(features))))
+                       effective_rank=effective_rank(cmaev.gather_over_ranks(torch.cat(list(features)))))
         features.clear()
         if stop:  # before the validation, as SLURM soon kills
             save_run(done)
@@ -301,13 +301,17 @@ def effective_rank(features):
     """The effective number of directions of features [N, D]: 1 (collapsed) to min(N - 1, D). NaN without features.
 
     The exponential of the entropy of their covariance's normalised eigenvalues. Rows that are not finite are
-    left out.
+    left out. Features that differ by less than 0.1 % of their length count as collapsed, as the rounding that
+    tells them apart has many directions.
     """
     features = features[features.isfinite().all(dim=1)].double()
     if len(features) < 2:
         return math.nan
     eigenvalues = torch.linalg.eigvalsh(features.T.cov()).clamp(min=0)
-    return torch.special.entr(eigenvalues / eigenvalues.sum()).sum().exp().item()
+    variance = eigenvalues.sum()
+    if variance <= 1e-6 * features.square().sum(dim=1).mean():
+        return 1.0
+    return torch.special.entr(eigenvalues / variance).sum().exp().item()
 
 
 @torch.no_grad()

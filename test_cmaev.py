@@ -1732,6 +1732,34 @@ def test_pretraining_goes_on_from_weights(demo, undisturbed, tmp_path, monkeypat
     assert cmaev.read_log(tmp_path)[0]["reconstruction"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_effective_rank():
+    """Against numpy's singular values; shifted, scaled and rotated; equal directions; collapsed; NaN."""
+    rng = np.random.default_rng(0)
+    for count, width in ((300, 24), (10, 24), (2, 24)):
+        x = rng.normal(size=(count, width)) * np.logspace(0, -4, width) + 3
+        share = np.linalg.svd(x - x.mean(axis=0), compute_uv=False) ** 2
+        share = share[share > 1e-20 * share.max()] / share.sum()
+        expected = pytest.approx(np.prod(share ** -share), rel=1e-9)
+        rotation, _ = np.linalg.qr(rng.normal(size=(width, width)))
+        for same in (x, 7 - 5 * x, x @ rotation, np.concatenate([x, x]), np.insert(x, 1, [np.nan, *x[0, 1:]], axis=0)):
+            assert pretrain.effective_rank(torch.from_numpy(same)) == expected
+    pairs = torch.cat([torch.eye(24)[:5], -torch.eye(24)[:5]])
+    assert pretrain.effective_rank(pairs) == pytest.approx(5)
+    feature = torch.randn(24)
+    for alike in (torch.zeros(9, 24), feature.expand(9, 24), feature * (1 + 2**-12 * torch.randn(99, 24))):
+        assert pretrain.effective_rank(alike) == 1
+    assert pretrain.effective_rank(feature * (1 + 2**-6 * torch.randn(999, 24))) > 5
+    assert math.isnan(pretrain.effective_rank(torch.full((9, 24), math.nan)))
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_a_log_line_has_the_rank_of_the_clips_since_the_last_one(demo, tmp_path, monkeypatch, micro_batch):
+    monkeypatch.setattr(pretrain, "effective_rank", len)
+    more = "--encoder vit_test --subset 16 --epochs 3 --log-every 3 --micro-batch"
+    assert run(pretrain, *pretraining(demo, tmp_path, *more.split(), micro_batch)) is None
+    assert [line["effective_rank"] for line in cmaev.read_log(tmp_path)] == [8, 16, 24]
+
+
 def test_demo_from_nothing_to_finished(tmp_path, monkeypatch, capsys):
     """`python pretrain.py` at its smallest: makes the videos, trains, writes all its files."""
     make_demo, folder = demo_videos.make_demo, Path("runs/pretrain-demo")
