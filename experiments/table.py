@@ -8,7 +8,7 @@ import statistics
 import sys
 from collections import defaultdict
 
-MEASURES = ("linear", "knn", "fine-tuned", "held-out")
+MEASURES = ("linear", "linear-pair", "knn", "knn-pair", "fine-tuned", "fine-tuned-pair", "held-out")
 
 
 def cell(values, digits):
