@@ -1,8 +1,8 @@
-"""Draws the figures of RESULTS.md from the demo's run and those of experiments/ablation.sh (pip install matplotlib).
+"""Draws the figures of RESULTS.md: the demo, experiments/ablation.sh, data/robot (pip install matplotlib).
 
     python -m experiments.figures
 
-It writes experiments/figures/*.png and the losses of the curves, experiments/results/*-curves.jsonl.
+It writes experiments/figures/* and the losses of the curves, experiments/results/*-curves.jsonl.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cmaev
 import torch
+from torchvision.io import write_jpeg
 from torchvision.utils import save_image
 
 try:
@@ -85,8 +86,18 @@ def similarities(name, run, videos, count=16):
     save_image(torch.cat([pictures[0], gap, pictures[1]], dim=1) / 255, FIGURES / f"{name}.png")
 
 
+def pairs(name, videos, frames=5):
+    """Draw frames of the first video of each class; the two classes of a pair side by side. JPEG."""
+    first = {label: cmaev.Video(path) for path, label in reversed(cmaev.read_list(videos))}
+    rows = [torch.cat(list(video.read(torch.linspace(0, len(video) - 1, frames).round())), dim=1)
+            for _, video in sorted(first.items())]
+    picture = torch.cat([torch.cat(rows[i:i + 2], dim=1) for i in range(0, len(rows), 2)])
+    write_jpeg(picture.movedim(-1, 0).contiguous(), str(FIGURES / f"{name}.jpg"), quality=85)
+
+
 for kind in ("scenes", "motions"):
     curves(f"{kind}-curves", {name: [str(run) for run in sorted(Path("runs").glob(f"{kind}-{row}-?"))] for name, row in
                               (("VideoMAE", "mae"), ("CMAE-V", "cmaev"), ("CMAE-V without shift", "noshift"))})
     similarities(f"{kind}-similarity", f"runs/{kind}-cmaev-0", f"data/{kind}/val.txt")
 training("training", "runs/pretrain-demo")
+pairs("robot", "data/robot/val.txt")

@@ -2,50 +2,58 @@
 # Pre-trains, probes and fine-tunes on the videos of experiments/robot_videos.py. From the project's root:
 #
 #     python -m experiments.robot_videos data/robot
-#     bash experiments/robot.sh results.jsonl [processes]     two at a time; run again, it goes on where it stopped
-#     python -m experiments.table results.jsonl               means ± standard deviations over seeds
+#     PROCESSES=2 bash experiments/robot.sh results.jsonl         all rows; run again, it goes on where it stopped
+#     bash experiments/robot.sh results.jsonl '^(none|mae) 0'     those rows of the list below that match
+#     python -m experiments.table results.jsonl                   means ± standard deviations over seeds
 #
-# The protocol of experiments/ablation.sh: 1,000 videos to pre-train on, 100 labels, 500 other videos to test on. The
-# rows still-* have the middle frame alone, with the untrained encoder and with VideoMAE's. The measures named pair are
-# the share of errors inside a pair, of the linear probe, k-NN and fine-tuning. A row appends its lines at its end.
+# As in experiments/ablation.sh: 1,000 videos to pre-train on, 100 labels, 500 other videos to test on. The rows still-*
+# see the middle frame alone, with the untrained encoder and with VideoMAE's. The measures *-pair are the share of
+# errors inside a pair, in per cent. A row appends its lines at its end.
 set -euo pipefail
 export RESULTS=${1:?give the file of results} OMP_NUM_THREADS=1
 export COMMON="--recipe demo --workers 0"
 export PRETRAIN="--epochs 20 --warmup-epochs 1 --picture-every 0 --save-every 1000"
 export TUNE="--subset 100 --epochs 40 --val-every 0"
-PROCESSES=${2:-2}
 
-row() {  # name, seed, flags of pretrain.py
+rows() {  # name, seed, flags of pretrain.py
+    for seed in 0 1 2; do cat <<ROWS
+none $seed
+mae $seed --contrast-weight 0
+cmaev $seed
+noshift $seed --max-shift 0
+ROWS
+    done
+}
+
+stills() {
+    for seed in 0 1 2; do printf 'still-none %s\nstill-mae %s\n' $seed $seed; done
+}
+
+row() {
     set -euo pipefail
     local name=$1 seed=$2 data=data/robot init=runs/robot-$1-$2 out=runs/robot-few-$1-$2
     shift 2
     if grep -qsF "{\"row\": \"robot-$name\", \"seed\": $seed," "$RESULTS"; then return; fi
     case $name in
-        none | still-none) init=none ;;
-        still-mae) init=runs/robot-mae-$seed ;;
+        still-*) data=data/robot/still init=runs/robot-${name#still-}-$seed ;;
     esac
-    if [[ $name == still-* ]]; then data=data/robot/still; fi
     local common="$COMMON --data $data/train.txt --val $data/val.txt --seed $seed"
-    if [[ $# -gt 0 ]]; then python pretrain.py $common --out $init $PRETRAIN "$@" >> $init.txt; fi
-    python -m experiments.pairs $common --init $init --subset 100 > $out.values
+    case $name in
+        *none) init=none ;;
+        still-*) ;;
+        *) python pretrain.py $common --out $init $PRETRAIN "$@" >> $init.txt
+           grep -o '"held_out_reconstruction": [0-9.]*' $init/log.jsonl | tail -n 1 | sed 's/.* /held-out /' ;;
+    esac > $out.values
+    python -m experiments.pairs $common --init $init --subset 100 >> $out.values
     python finetune.py $common --init $init $TUNE --out $out >> $out.txt
     python finetune.py --eval --out $out | sed -n 's/.*top-1 \([0-9.]*\) %.*/fine-tuned \1/p' >> $out.values
-    python -m experiments.pairs $out/eval-checkpoint-*/predictions.csv >> $out.values
-    if [[ $# -gt 0 ]]; then
-        grep -o '"held_out_reconstruction": [0-9.]*' $init/log.jsonl | tail -n 1 | sed 's/.* /held-out /' >> $out.values
-    fi
+    python -m experiments.pairs $out/eval-*/predictions.csv >> $out.values
     sed -En "s/^(\S+) ([0-9.]+)$/{\"row\": \"robot-$name\", \"seed\": $seed, \"measure\": \"\1\", \"value\": \2}/p" \
         $out.values | tee -a "$RESULTS"
 }
 
 export -f row
 mkdir -p runs
-for seed in 0 1 2; do cat <<ROWS
-none $seed
-mae $seed --contrast-weight 0
-cmaev $seed --contrast-weight 0.14
-noshift $seed --max-shift 0
-ROWS
-done | xargs -L 1 -P "$PROCESSES" bash -c 'row "$@"' _
-for seed in 0 1 2; do printf 'still-none %s\nstill-mae %s\n' $seed $seed; done |
-    xargs -L 1 -P "$PROCESSES" bash -c 'row "$@"' _
+for list in rows stills; do  # the stills need VideoMAE's runs
+    $list | { grep -E "${2:-.}" || true; } | xargs -r -L 1 -P "${PROCESSES:-2}" bash -c 'row "$@"' _
+done

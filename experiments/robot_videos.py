@@ -1,20 +1,19 @@
-"""Renders labelled videos of a robot arm, from Meta-World's scripted policies: ten classes, five opposite pairs.
+"""Renders labelled videos of a robot arm from Meta-World's scripted policies: ten classes in five opposite pairs.
 
     pip install metaworld==3.1.1 mujoco==3.3.0 packaging     and Debian's libosmesa6; on a GPU MUJOCO_GL=egl
     python -m experiments.robot_videos data/robot            run again, it goes on where it stopped
-    python -m experiments.robot_videos data/robot --picture robot.jpg     a picture of the finished videos
 
-Writes data/robot/{train,val}/class/*.mp4 (H.264, 48 frames of 96 x 96; for recipe small: --frames 72 --side 128),
-the lists train.txt and val.txt, and the same in data/robot/still, where a video is the middle frame alone. Labels
-2k and 2k + 1 are a pair: one scene, two directions, the same cameras and places. A video shows the object's way
-over a random 50 to 90 % of a given distance, at even steps of time. The goal's coloured marker is hidden. Video i
-of a split is a pure function of (seed, split, i) on one machine.
+Writes data/robot/{train,val}/class/*.mp4 (H.264), the lists train.txt and val.txt, and the same in data/robot/still,
+where a video is its middle frame alone. Labels 2k and 2k + 1 are a pair: one scene, two directions. A video shows the
+object's way over a random 50 to 90 % of a given distance, at even steps of time. Half of the videos are episodes of
+the pair's other task played backwards: without the direction a frame tells nothing of the class but the pair. The
+goal's marker is hidden. Video i of a split is a pure function of (seed, split, i) on one machine.
 """
 
 import functools
-import json
 import multiprocessing
 import os
+import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -24,11 +23,19 @@ import cmaev  # before mujoco: after it has loaded OSMesa, and with that LLVM, t
 from tools.demo_videos import write_video
 
 import numpy as np
-import torch
-from torchvision.io import write_jpeg
+
+os.environ.setdefault("MUJOCO_GL", "osmesa")
+os.environ.setdefault("LP_NUM_THREADS", "1")  # OSMesa's
+try:
+    import mujoco
+    from gymnasium.spaces import Box
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+    from metaworld.policies import ENV_POLICY_MAP
+except ImportError as error:
+    sys.exit(f"{error}: pip install metaworld==3.1.1 mujoco==3.3.0 packaging")
 
 SCENES = (  # two tasks; the object's coordinate, a column of qpos, or None: its distance from the machine; from
-    # where to where it goes, in the first task's direction, metres or radians; where the cameras look
+    # where to where it goes in the first task, metres or radians; where the cameras look
     ("drawer-open", "drawer-close", 9, (-0.02, -0.14), (0, 0.7, 0.1)),
     ("door-open", "door-close", 9, (-0.15, -1.25), (-0.05, 0.72, 0.15)),
     ("window-open", "window-close", 9, (0.015, 0.185), (0, 0.75, 0.15)),
@@ -39,7 +46,7 @@ PLACES = {  # corners of the box that an episode's places are drawn from, where 
     "window-close": ((-0.1, 0.7, 0.16), (0.1, 0.9, 0.16)),
     "plate-slide": ((0, 0.6, 0, -0.05, 0.85, 0), (0, 0.6, 0, 0.05, 0.9, 0)),
     "plate-slide-back": ((0, 0.85, 0, -0.05, 0.6, 0.015), (0, 0.85, 0, 0.05, 0.6, 0.015))}
-AZIMUTHS = (122, 145, 168)  # of the cameras, in degrees: on the arm's right
+AZIMUTHS = (120, 145, 170)  # of the cameras, in degrees: on the arm's right
 ZOOM = 2  # a frame is rendered this much larger and averaged
 STEPS, AFTER, TRIES = 200, 20, 30  # simulated at most; after success; episodes, as a policy may fail
 
@@ -47,9 +54,6 @@ STEPS, AFTER, TRIES = 200, 20, 30  # simulated at most; after success; episodes,
 @functools.cache
 def stage(task, side):
     """The task's environment, its renderer, the renderer's options; once per process."""
-    import mujoco
-    from gymnasium.spaces import Box
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
     env = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
     env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
     env._partially_observable = False
@@ -67,7 +71,6 @@ def stage(task, side):
 
 def episode(env, task, column, rng):
     """Runs the policy -> qpos [steps, n], the object's coordinate [steps]."""
-    from metaworld.policies import ENV_POLICY_MAP
     env.seed(int(rng.integers(2 ** 31)))
     observed, _ = env.reset()
     if task == "plate-slide-back":  # the net stands where it does in plate-slide
@@ -98,24 +101,22 @@ def crossings(coordinate, start, end):
 
 def robot_video(label, rng, frames, side):
     """The frames of one video, uint8 [H, W, 3] each."""
-    import mujoco
-    task, column, way, look_at = TASKS[label]
+    played = label ^ int(rng.integers(2))  # the pair's task that runs, backwards if it is not the label's
+    task, column, (near, far), look_at = TASKS[played]
     env, renderer, options = stage(task, side)
     length = rng.uniform(0.5, 0.9)
-    first = rng.uniform(0, 1 - length)
-    ends = [way[0] + share * (way[1] - way[0]) for share in (first, first + length)]
-    start, end = ends[::-1] if label % 2 else ends
+    ends = near + (far - near) * (rng.uniform(0, 1 - length) + np.array((0, length)))
     camera = mujoco.MjvCamera()
-    camera.azimuth, camera.elevation = rng.choice(AZIMUTHS) + rng.uniform(-6, 6), rng.uniform(-34, -26)
-    camera.distance, camera.lookat[:] = rng.uniform(0.75, 0.85), look_at + rng.uniform(-0.03, 0.03, 3)
+    camera.azimuth, camera.elevation = rng.choice(AZIMUTHS) + rng.uniform(-8, 8), rng.uniform(-40, -24)
+    camera.distance, camera.lookat[:] = rng.uniform(0.75, 0.95), look_at + rng.uniform(-0.05, 0.05, 3)
     for _ in range(TRIES):
         states, coordinate = episode(env, task, column, rng)
-        steps = crossings(coordinate, start, end)
+        steps = crossings(coordinate, *(ends[::-1] if played % 2 else ends))
         if steps is not None:
             break
     else:
         raise cmaev.CMAEVError(f"{task} failed {TRIES} times: install metaworld 3.1.1 and mujoco 3.3.0")
-    for step in np.linspace(*steps, frames):
+    for step in np.linspace(*(steps if played == label else steps[::-1]), frames):
         i = min(int(step), len(states) - 2)
         env.data.qpos[:] = states[i] + (step - i) * (states[i + 1] - states[i])
         mujoco.mj_forward(env.model, env.data)
@@ -138,15 +139,6 @@ def write(folder, frames, side, job):
             os.replace(partial, path)
 
 
-def picture(folder, file):
-    """Writes a JPEG: five frames of each class's first test video; the two classes of a pair side by side."""
-    first = {label: path for path, label in reversed(cmaev.read_list(folder / "val.txt"))}
-    videos = [cmaev.Video(first[label]) for label in range(len(TASKS))]
-    rows = [torch.cat(list(video.read(np.linspace(0, len(video) - 1, 5).round())), dim=1) for video in videos]
-    pairs = [torch.cat(rows[i:i + 2], dim=1) for i in range(0, len(rows), 2)]
-    write_jpeg(torch.cat(pairs).movedim(-1, 0).contiguous(), file, quality=85)
-
-
 def main():
     parser = cmaev.argument_parser(__doc__)
     add = parser.add_argument
@@ -154,35 +146,25 @@ def main():
     add("--train", type=cmaev.WHOLE, default=1000, help="videos to train on")
     add("--val", type=cmaev.WHOLE, default=500, help="videos to test on")
     add("--seed", type=cmaev.WHOLE, default=0)
-    add("--frames", type=cmaev.COUNT, default=48)
-    add("--side", type=cmaev.COUNT, default=96, help="height and width, even")
+    add("--frames", type=cmaev.COUNT, default=48, help="for recipe small: 72")
+    add("--side", type=cmaev.COUNT, default=96, help="height and width, even; for recipe small: 128")
     add("--processes", type=cmaev.COUNT, default=os.cpu_count(), help="each takes 2 GB of memory")
-    add("--picture", metavar="FILE", help="only write a picture of finished videos, JPEG")
     s = parser.parse_args()
-    if s.picture:
-        return picture(s.folder, s.picture)
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # OSMesa's
-    try:
-        import metaworld, mujoco  # noqa
-    except ImportError as error:
-        raise cmaev.CMAEVError(f"{error}: pip install metaworld==3.1.1 mujoco==3.3.0 packaging")
-    record, settings = s.folder / "settings.json", json.dumps(dict(seed=s.seed, frames=s.frames, side=s.side))
-    if record.exists() and record.read_text() != settings:
-        raise cmaev.CMAEVError(f"{s.folder} holds videos of {record.read_text()}: give another folder")
-    (s.folder / "still").mkdir(parents=True, exist_ok=True)
-    record.write_text(settings)
+    settings = s.folder / f"seed-{s.seed}-{s.frames}x{s.side}x{s.side}"  # an empty folder
+    if s.folder.exists() and not settings.exists():
+        raise cmaev.CMAEVError(f"{s.folder} holds other files: give a new folder")
+    settings.mkdir(parents=True, exist_ok=True)
     todo = []
     for split, (name, count) in enumerate((("train", s.train), ("val", s.val))):
         files = [(f"{name}/{TASKS[i % len(TASKS)][0]}/{i:05d}.mp4", i % len(TASKS)) for i in range(count)]
         todo += [(file, label, (s.seed, split, i)) for i, (file, label) in enumerate(files)
                  if not (s.folder / "still" / file).exists()]
         for folder in (s.folder, s.folder / "still"):
+            folder.mkdir(exist_ok=True)
             (folder / f"{name}.txt").write_text("".join(f"{file} {label}\n" for file, label in files))
     start = time.time()
     with ProcessPoolExecutor(s.processes, multiprocessing.get_context("spawn")) as pool:
-        job = functools.partial(write, s.folder, s.frames, s.side)
-        for done, _ in enumerate(pool.map(job, todo), 1):
+        for done, _ in enumerate(pool.map(functools.partial(write, s.folder, s.frames, s.side), todo), 1):
             if done % 50 == 0:
                 left = (time.time() - start) * (len(todo) / done - 1) / 60
                 print(f"{done} of {len(todo)} videos, {left:.0f} minutes left", flush=True)
