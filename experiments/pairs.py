@@ -1,9 +1,11 @@
-"""Linear probe and k-NN like `finetune.py --probe`, with the share of errors inside a pair (labels 2k and 2k + 1).
+"""Probes like finetune.py's on the videos of robot_videos.py: what is known of the pair (labels 2k and 2k + 1)?
 
     python -m experiments.pairs --recipe demo --data data/robot/train.txt --val data/robot/val.txt --init runs/mine
-    python -m experiments.pairs runs/tuned/eval-checkpoint-56-1x1/predictions.csv     the share of a fine-tuned run
+    python -m experiments.pairs runs/tuned/eval-checkpoint-56-1x1/predictions.csv     fine-tuned-pair of a run
 
-Prints "measure value" lines, in per cent. An error inside a pair knows the scene, but not the direction.
+Prints "measure value" lines, in per cent. linear, knn: top-1 with 50 labels. *-pair: the share of errors inside the
+pair, which know the scene but not the direction. linear-all: a linear probe with all labels; scene: how many of its
+answers are in the right pair; direction: how many of these are right. rank: the features' effective rank.
 """
 
 import csv
@@ -11,14 +13,21 @@ import sys
 
 import cmaev
 import finetune
+import pretrain
 
 import torch
 
+LABELS = 50
+
+
+def percent(found):
+    """Bools -> their share, NaN of none."""
+    return 100 * float(found.float().mean())
+
 
 def inside(found, labels):
-    """The share of errors inside a pair, in per cent, of classes [M] -> float, NaN without errors."""
-    wrong = found != labels
-    return 100 * float((found // 2 == labels // 2)[wrong].float().mean())
+    """The share of errors inside the pair, of classes [M]."""
+    return percent((found // 2 == labels // 2)[found != labels])
 
 
 def main():
@@ -32,10 +41,14 @@ def main():
     encoder = finetune.frozen_encoder(s)
     train, test = (finetune.pooled_features(s, encoder, listed, device) for listed in (videos, tests))
     labels, truth = (torch.tensor([label for _, label in listed]) for listed in (videos, tests))
+    few = cmaev.subset(list(range(len(videos))), LABELS, s.seed)  # those of --subset
     for name, classify in (("linear", finetune.linear_probe), ("knn", finetune.nearest_neighbours)):
-        found = classify(train, labels, test, len(names)).argmax(dim=1)
-        print(f"{name} {100 * float((found == truth).float().mean()):.2f}")
-        print(f"{name}-pair {inside(found, truth):.2f}")
+        found = classify(train[few], labels[few], test, len(names)).argmax(dim=1)
+        print(f"{name} {percent(found == truth):.2f}\n{name}-pair {inside(found, truth):.2f}")
+    found = finetune.linear_probe(train, labels, test, len(names)).argmax(dim=1)
+    scene = found // 2 == truth // 2
+    print(f"linear-all {percent(found == truth):.2f}\nscene {percent(scene):.2f}")
+    print(f"direction {percent((found == truth)[scene]):.2f}\nrank {pretrain.effective_rank(train):.2f}")
 
 
 if __name__ == "__main__":

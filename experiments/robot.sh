@@ -6,9 +6,9 @@
 #     bash experiments/robot.sh results.jsonl '^(none|mae) 0'     those rows of the list below that match
 #     python -m experiments.table results.jsonl                   means ± standard deviations over seeds
 #
-# As in experiments/ablation.sh: 1,000 videos to pre-train on, 100 labels, 500 other videos to test on. The rows still-*
-# see the middle frame alone, with the untrained encoder and with VideoMAE's. The measures *-pair are the share of
-# errors inside a pair, in per cent. A row appends its lines at its end.
+# As in experiments/ablation.sh: 1,000 videos to pre-train on, 500 others to test on; 50 labels for linear and k-NN
+# probes, 100 for fine-tuning. The rows still-* see the middle frame alone, with the untrained encoder and with
+# VideoMAE's. experiments/pairs.py names the measures. A row appends its lines at its end.
 set -euo pipefail
 export RESULTS=${1:?give the file of results} OMP_NUM_THREADS=1
 export COMMON="--recipe demo --workers 0"
@@ -44,7 +44,7 @@ row() {
         *) python pretrain.py $common --out $init $PRETRAIN "$@" >> $init.txt
            grep -o '"held_out_reconstruction": [0-9.]*' $init/log.jsonl | tail -n 1 | sed 's/.* /held-out /' ;;
     esac > $out.values
-    python -m experiments.pairs $common --init $init --subset 100 >> $out.values
+    python -m experiments.pairs $common --init $init >> $out.values
     python finetune.py $common --init $init $TUNE --out $out >> $out.txt
     python finetune.py --eval --out $out | sed -n 's/.*top-1 \([0-9.]*\) %.*/fine-tuned \1/p' >> $out.values
     python -m experiments.pairs $out/eval-*/predictions.csv >> $out.values

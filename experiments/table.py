@@ -8,7 +8,8 @@ import statistics
 import sys
 from collections import defaultdict
 
-MEASURES = ("linear", "linear-pair", "knn", "knn-pair", "fine-tuned", "fine-tuned-pair", "held-out")
+MEASURES = ("linear", "linear-pair", "knn", "knn-pair", "fine-tuned", "fine-tuned-pair", "linear-all", "scene",
+            "direction", "rank", "held-out")
 
 
 def cell(values, digits):
