@@ -1,6 +1,6 @@
 """Probes like finetune.py's on the videos of robot_videos.py: what is known of the pair (labels 2k and 2k + 1)?
 
-    python -m experiments.pairs --recipe demo --data data/robot/train.txt --val data/robot/val.txt --init runs/mine
+    python -m experiments.pairs --recipe demo --rate 5 --data data/robot/train.txt --val data/robot/val.txt --init mine
     python -m experiments.pairs runs/tuned/eval-checkpoint-56-1x1/predictions.csv     fine-tuned-pair of a run
 
 Prints "measure value" lines, in per cent. linear, knn: top-1 with 50 labels. *-pair: the share of errors inside the

@@ -5,7 +5,7 @@
 
 Writes data/robot/{train,val}/class/*.mp4 (H.264), the lists train.txt and val.txt, and the same in data/robot/still,
 where a video is its middle frame alone. Labels 2k and 2k + 1 are a pair: one scene, two directions. A video shows the
-object's way over a random 50 to 90 % of a given distance, at even steps of time. Half of the videos are episodes of
+object's way over a random 70 to 100 % of a given distance, at even steps of time. Half of the videos are episodes of
 the pair's other task played backwards: without the direction a frame tells nothing of the class but the pair. The
 goal's marker is hidden. Video i of a split is a pure function of (seed, split, i) on one machine.
 """
@@ -104,11 +104,11 @@ def robot_video(label, rng, frames, side):
     played = label ^ int(rng.integers(2))  # the pair's task that runs, backwards if it is not the label's
     task, column, (near, far), look_at = TASKS[played]
     env, renderer, options = stage(task, side)
-    length = rng.uniform(0.5, 0.9)
+    length = rng.uniform(0.7, 1)
     ends = near + (far - near) * (rng.uniform(0, 1 - length) + np.array((0, length)))
     camera = mujoco.MjvCamera()
     camera.azimuth, camera.elevation = rng.choice(AZIMUTHS) + rng.uniform(-8, 8), rng.uniform(-40, -24)
-    camera.distance, camera.lookat[:] = rng.uniform(0.75, 0.95), look_at + rng.uniform(-0.05, 0.05, 3)
+    camera.distance, camera.lookat[:] = rng.uniform(0.6, 0.75), look_at + rng.uniform(-0.04, 0.04, 3)
     for _ in range(TRIES):
         states, coordinate = episode(env, task, column, rng)
         steps = crossings(coordinate, *(ends[::-1] if played % 2 else ends))
