@@ -6,7 +6,7 @@
 # `ffmpeg` 5.1. `ffmpeg` of FFmpeg 9 turns all of them.
 # Versions: PyAV 18.1.0 (FFmpeg 8.1).
 # Hurts: readers of H.264 streams of cameras and phones in MPEG-TS or raw, where no header states a rotation.
-# Source: libavcodec/h2645_sei.c (h2645_sei_to_frame), H.264 annex D, display orientation SEI message.
+# Source: libavcodec/h2645_sei.c (h2645_sei_to_frame), the display orientation SEI message of H.264's annex D.
 set -eu
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
 if [ -z "${FINDINGS_PYTHON:-}" ]; then
@@ -45,7 +45,8 @@ def turned(packets):
             packet.stream = stream
             container.mux(packet)
     with av.open("plain.h264") as container:
-        turn = av.BitStreamFilterContext("h264_metadata=display_orientation=insert:rotate=90", container.streams.video[0])
+        turn = av.BitStreamFilterContext("h264_metadata=display_orientation=insert:rotate=90",
+                                         container.streams.video[0])
         found = []
         for packet in container.demux(video=0):
             found += turn.filter(packet if packet.size else None)
