@@ -2,7 +2,8 @@
 # Guess: an animated AVIF file has one video stream, with all the pictures, as a GIF or an animated PNG.
 # Seen: it has two, both marked as default: a single picture, the file's still image, and then the animation.
 # `container.decode(video=0)` gives one frame. libavformat's own choice of the best stream is the animation, but the
-# command `ffmpeg` of FFmpeg 9 takes the still image and writes one frame of eight. FFmpeg 5.1 has the animation alone.
+# command `ffmpeg` of FFmpeg 9 takes the still image and writes one frame of eight. FFmpeg 6.1 (PyAV 12.3) still shows
+# the animation alone; FFmpeg 7 (PyAV 13.1) and later show both.
 # Versions: PyAV 18.1.0 (FFmpeg 8.1, both writer and reader).
 # Hurts: readers that take the first video stream: PyAV's usual `video=0`, and what is built on it.
 # Source: libavformat/mov.c, which makes streams of image items and of tracks.
