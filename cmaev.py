@@ -372,7 +372,7 @@ class ConvBlock(nn.Module):
         is 1 at pixel k and 0 elsewhere. Each tap's result is then shifted in time; all are summed.
         """
         with torch.autocast("cpu", enabled=False):
-            x = x.float() if x.device.type == "cpu" else x  # oneDNN's bf16 gradient is wrong (torch 2.14, 2.15)
+            x = x.float() if x.device.type == "cpu" else x  # oneDNN's bf16 gradient: wrong if grid[0] < 5
             if visible is None:
                 return map_to_tokens(self.depthwise(tokens_to_map(x, grid)), grid)
             batch, side, channels = len(x), x.shape[2], x.shape[4]

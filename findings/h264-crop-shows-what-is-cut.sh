@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Guess: a decoder shows the rectangle that H.264's cropping names, to the pixel.
-# Seen: libavcodec moves a frame's left edge only by multiples of 32 bytes, to keep memory aligned, and leaves the rest of
-# the left border in the picture: a frame of 156 x 54 for a stream that says 150 x 54, with 6 columns that are cut off.
+# Seen: libavcodec moves each plane's left edge only by multiples of 32 bytes, to keep memory aligned (of 64 columns
+# in 4:2:0, of 32 in 4:4:4), and leaves the rest of the left border in the picture: a frame of 156 x 54 for a stream
+# that says 150 x 54, with 6 columns that should be cut off.
 # With the codec flag `unaligned`, which `ffmpeg` of FFmpeg 9 sets and that of FFmpeg 5.1 does not, the frame is right.
 # Rows at the top are cut off as they should be; so are those on the right and at the bottom.
 # Versions: PyAV 18.1.0 (FFmpeg 8.1).

@@ -4,6 +4,7 @@
 # kinds up to 27; the FFmpeg 8.1 in its wheels also gives 28 to 31 (LCEVC, view id, reference displays, EXIF). So the
 # frames of a photograph with an EXIF block have no readable side data, and its orientation is out of reach;
 # `frame.rotation` works, but it reports 180 degrees for a picture that is only mirrored.
+# Versions: PyAV 18.1.0 (FFmpeg 8.1).
 # Hurts: readers that ask each frame for its display matrix (cameras' motion JPEG, folders of photographs).
 # Source: av/sidedata/sidedata.py (class Type) against libavutil/frame.h (AVFrameSideDataType).
 set -eu

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Guess: libx264 through PyAV runs in frame threads as ffmpeg does. The files differ little by the number of threads.
 # Seen: PyAV opens every codec with thread_type SLICE, and libx264 takes this as its option sliced-threads, meant for
-# low delay: each picture is cut into as many slices as there are threads, which predict nothing from each other. Files
-# are larger (here by 10 % at four threads), and their bytes depend on the number of cores of the machine that wrote
-# them. `thread_type = "FRAME"` (or "AUTO") before the first frame ends it.
+# low delay: each picture is cut into one slice per thread, of 64 lines or more, and slices predict nothing from each
+# other. Files are larger (here by 10 % at four threads, three slices). As the default is one thread per core, they are
+# other files on another machine. `thread_type = "FRAME"` before the first frame leaves one slice; the number of
+# threads then changes the bytes a little, as in x264 itself. One thread gives the same bytes in both.
 # Versions: PyAV 18.1.0 with libx264 core 165.
 # Hurts: data sets and results written through PyAV: larger, and other bytes on another machine.
 # Source: av/codec/context.py sets thread_type for encoders, too; libavcodec/libx264.c sets b_sliced_threads by it.

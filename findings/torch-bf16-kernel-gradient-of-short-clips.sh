@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Guess: bf16 changes a convolution's gradients by rounding, 0.2 %, in any layout of memory.
-# Seen: on CPUs with AVX-512, the gradient of a depthwise Conv3d's kernel is wrong by 100 % and more in bf16 with
-# channels_last_3d, where the clip has fewer frames than the kernel (two or more): 2 frames and 3 x 3 x 3, 4 frames and
-# 5 x 5 x 5. Values are off at random from run to run, some by a factor of 1e17. The output and the input's gradient
-# are right; so are all of them with contiguous memory, in float16, in two dimensions, with a small height or width, and
-# without AVX-512 (`ONEDNN_MAX_CPU_ISA=AVX2`, within 1 %). Nothing warns.
+# Seen: on CPUs with AVX-512, the gradient of a depthwise Conv3d's kernel is wrong by 100 % or more in bf16 with
+# channels_last_3d, where the clip has at least two frames but fewer than the kernel: 2 frames and 3 x 3 x 3, 4 frames
+# and 5 x 5 x 5. The output and the input's gradient are right; so are all three with contiguous memory, in float16, and
+# where torch does not use AVX-512 (within 2 %: the script passes there if all are right). Nothing warns.
 # Versions: torch 2.14.1 (oneDNN 3.12.0) and 2.15.0 (3.13.3), x86-64.
 # Hurts: whoever trains 3-D convolutional networks on CPUs under autocast, with depthwise kernels on few frames.
 # Source: oneDNN's kernels for depthwise weight gradients in bf16, called from aten/src/ATen/native/mkldnn/Conv.cpp.
@@ -22,8 +21,7 @@ import torch.nn.functional as F
 
 assert torch.__version__.split("+")[0] == "2.14.1", torch.__version__
 print("torch", torch.__version__, torch.backends.cpu.get_cpu_capability())
-if torch.backends.cpu.get_cpu_capability() != "AVX512":
-    sys.exit("this needs a processor with AVX-512")
+avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last_3d
 
 
@@ -51,6 +49,6 @@ for name, dtype, layout in (("bf16 channels last", torch.bfloat16, LAST),
         wrong[name, frames, size] = [not error < 0.05 for error in found]  # also if it is NaN
         print(f"{name}, {frames} frames, kernel {size}: output, input's, kernel's",
               *(f"{error:.2g}" for error in found))
-expected = {case: [False, False, case[0] == "bf16 channels last" and case[1] < case[2]] for case in wrong}
+expected = {case: [False, False, avx512 and case[0] == "bf16 channels last" and case[1] < case[2]] for case in wrong}
 sys.exit(0 if wrong == expected else "the behaviour has changed")
 PY

@@ -3,12 +3,11 @@
 # without torch.compile; another backend leads to another compilation.
 # Seen: the backend that was asked for at the first call is kept. No guard looks at it: under another backend the same
 # code runs. Inductor's cache on disk does not know it either: a later process that asks for MATH gets the flash kernel
-# that an earlier one was compiled with, and the other way round, until the cache is gone. Inside the compiled function
-# the context manager works.
+# that an earlier one was compiled with, until the cache is gone.
 # Versions: torch 2.14.1; the first half also in 2.15.0.
 # Hurts: who compares or times attention kernels under torch.compile: a test of one against the other compares a kernel
 # with itself.
-# Source: pytorch/pytorch issue 194007 names it in passing.
+# Source: pytorch/pytorch issue 194007, about something else, names it in passing.
 set -eu
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
 if [ -z "${FINDINGS_PYTHON:-}" ]; then

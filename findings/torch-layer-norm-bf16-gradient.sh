@@ -3,11 +3,12 @@
 # have gradients as good as their inputs.
 # Seen: on CPUs, LayerNorm adds up the gradients of its weight and bias in bf16, row by row, also where the parameters
 # are float32. A bias gradient of ones stops at 256 = 2^8, where 256 + 1 rounds to 256. Random gradients are wrong by
-# 15 % after 16,384 rows and by 50 % after 200,000 (in float16 by 2 and 6 %). Linear and GroupNorm are right to
-# rounding. The rows of an embedding stop at 256, too, and those of x[indices]; those of index_select do not. Each
-# thread adds up its own part of LayerNorm's rows: the more threads, the smaller the error.
+# 15 % after 16,384 rows. Linear and GroupNorm are right to rounding. The gradients of an embedding's rows stop at 256,
+# too, and those of x[indices]; those of index_select do not. (On one thread. Each thread adds up its own part of
+# LayerNorm's rows, so that the error is smaller with more of them.)
 # Versions: torch 2.14.1 and 2.15.0.
-# Hurts: training in bf16 on CPUs: under autocast wherever LayerNorm sees a bf16 tensor, such as a Linear's output.
+# Hurts: training in bf16 on CPUs: under autocast where LayerNorm sees a bf16 tensor, such as a Linear's output. A
+# residual stream that stays in float32 escapes.
 # Source: aten/src/ATen/native/cpu/layer_norm_kernel.cpp, LayerNormBackwardKernelImplInternal.
 set -eu
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT

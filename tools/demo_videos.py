@@ -57,7 +57,7 @@ def make_video(folder, name, kind, seeds, i):
 def write_video(path, frames, rate=24):
     """Writes uint8 RGB frames, each [H, W, 3], as H.264: the same file every time.
 
-    With x264's default threads and look-ahead, the file depends on how fast the frames come.
+    One thread: PyAV has libx264 cut a slice per thread. x264's default look-ahead may depend on timing.
     """
     options = {"crf": "18", "preset": "veryfast", "x264-params": "sync-lookahead=0:mbtree=0"}
     with av.open(str(path), "w") as container:
