@@ -3,7 +3,7 @@
     python -m experiments.pairs --recipe demo --rate 5 --data data/robot/train.txt --val data/robot/val.txt --init mine
     python -m experiments.pairs runs/tuned/eval-checkpoint-56-1x1/predictions.csv     fine-tuned-pair of a run
 
-Prints "measure value" lines, in per cent. linear, knn: top-1 with 50 labels. *-pair: the share of errors inside the
+Prints "measure value" lines, in per cent. linear, knn: top-1 with 30 labels. *-pair: the share of errors inside the
 pair, which know the scene but not the direction. linear-all: a linear probe with all labels; scene: how many of its
 answers are in the right pair; direction: how many of these are right. rank: the features' effective rank.
 """
@@ -17,7 +17,7 @@ import pretrain
 
 import torch
 
-LABELS = 50
+LABELS = 30
 
 
 def percent(found):

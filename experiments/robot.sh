@@ -6,7 +6,7 @@
 #     bash experiments/robot.sh results.jsonl '^(none|mae) 0'     those rows of the list below that match
 #     python -m experiments.table results.jsonl                   means ± standard deviations over seeds
 #
-# As in experiments/ablation.sh: 1,000 videos to pre-train on, 500 others to test on; 50 labels for linear and k-NN
+# As in experiments/ablation.sh: 1,000 videos to pre-train on, 500 others to test on; 30 labels for linear and k-NN
 # probes, 100 for fine-tuning. The rows still-* see the middle frame alone, with the untrained encoder and with
 # VideoMAE's. experiments/pairs.py names the measures. A row appends its lines at its end.
 set -euo pipefail
