@@ -1066,10 +1066,11 @@ class Video:
         self.length, self.size = len(self.times), (self.codec.width, self.codec.height)
 
     def _read_by_seeking(self, wanted):
-        """The wanted frames, or fewer where a frame contradicts the index: {index: image}.
+        """The wanted frames, or fewer where a frame contradicts the index or is damaged: {index: image}.
 
-        Frames that lie close together, or in one group of pictures, take one seek and one forward pass. It must
-        begin with the key frame, and its times must be in the index, rise, and miss no wanted frame.
+        FFmpeg fills a damaged frame from others, also from those that are left out here. Frames that lie close
+        together, or in one group of pictures, take one seek and one forward pass. It must begin with the key
+        frame, and its times must be in the index, rise, and miss no wanted frame.
         """
         key_before = lambda i: self.keys[bisect_right(self.keys, self.times[i]) - 1]
         frames, missing = {}, list(wanted)
@@ -1083,8 +1084,9 @@ class Video:
                 i = bisect_left(self.times, frame.pts)
                 in_turn = lowest <= i <= highest and self.times[i] == frame.pts
                 false_key = frame.pts == key and not frame.key_frame
-                if not in_turn or false_key or (frame.width, frame.height) != self.size:
-                    return frames
+                same_size = (frame.width, frame.height) == self.size
+                if not in_turn or false_key or frame.is_corrupt or not same_size:
+                    return {}
                 if i == missing[0]:
                     frames[missing.pop(0)] = self._to_rgb(frame)
                 if not missing or key_before(missing[0]) > self.times[min(i + 16, self.length - 1)]:
@@ -1092,6 +1094,9 @@ class Video:
                 lowest, highest = i + 1, missing[0]
             else:
                 return frames
+            with contextlib.suppress(av.error.EOFError):  # the file's end: all frames have come out
+                if any(frame.is_corrupt for frame in self.codec.decode(None)):
+                    return {}
         return frames
 
     def _decode(self, asked):

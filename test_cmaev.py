@@ -1020,6 +1020,20 @@ def test_one_damaged_packet(tmp_path):
     assert np.array_equal(sample["clip"][0].movedim(1, -1), frames[:, :, 8:56])
 
 
+@pytest.mark.parametrize("damaged", [24, 29, 31])  # a key, a P- and a B-frame
+def test_concealed_frames(tmp_path, damaged):
+    """FFmpeg fills a damaged frame's gaps from frames before it: those that seeking leaves out, too."""
+    path = write_noise(tmp_path / "v.mp4", g="12", bf="3")
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][damaged]
+    data, third = bytearray(path.read_bytes()), packet.size // 3
+    data[packet.pos + third:packet.pos + 2 * third] = np.random.default_rng(0).bytes(third)
+    path.write_bytes(data)
+    frames = decode_all(path)
+    for i in range(24, 60):
+        assert np.array_equal(cmaev.Video(path).read([i])[0], frames[i]), i
+
+
 def test_color_matrices_that_swscale_refuses(tmp_path):
     """Read as FFmpeg 5 reads them: H.273's tag 2 is none, 9 and 10 are BT.2020's."""
     source = write_noise(tmp_path / "source.mp4", frames=3)
