@@ -1038,8 +1038,8 @@ class Video:
         """Sets the times of all frames and of the key frames, if they can be trusted.
 
         Conditions [choice]: the format has a timestamp per frame and the codec a frame per packet; no packet is
-        damaged; times are distinct and, with B-frames, not in rising order; the first packet is a key frame and
-        the first frame, and the decoder shows it. Packets that an edit list discards are not shown.
+        damaged; times are distinct and, with B-frames, not in rising order; the first packet is a key frame, the
+        decoder shows it, and no frame comes before it. Frames that an edit list discards do not count.
         """
         codec, packets = self.stream.codec.canonical_name, []
         if self.container.format.name.split(",")[0] not in INDEXED or codec not in ONE_TO_ONE:
@@ -1059,9 +1059,10 @@ class Video:
             return
         if self.codec.has_b_frames and times == sorted(times):  # these are decoding times
             return
-        if not packets[0][1] or times[0] > min(times):
+        kept = sorted(pts for pts, _, discarded in packets if not discarded)
+        if not packets[0][1] or any(pts < times[0] for pts in kept):
             return
-        self.times = sorted(pts for pts, _, discarded in packets if not discarded)
+        self.times = kept
         self.keys = sorted(pts for pts, key, _ in packets if key)
         self.length, self.size = len(self.times), (self.codec.width, self.codec.height)
 

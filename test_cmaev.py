@@ -932,6 +932,7 @@ FILES = {
     "variable-rate.mp4": dict(times=[i * 2 + (i * i) % 3 for i in range(60)], g="12"),
     "late-start.mkv": dict(times=range(30, 90), g="12"),
     "discarded-leading.mp4": dict(times=range(-10, 50), muxer=dict(avoid_negative_ts="disabled"), g="25"),
+    "discarded-open-gop.mp4": dict(times=range(-20, 50), muxer=dict(avoid_negative_ts="disabled"), **X264_OPEN),
     "444.mp4": dict(pixels="yuv444p", size=(47, 63), g="12"),
     "hevc-open-gop.mp4": dict(codec="libx265", x265_params=X265 + "1"),
     "hevc-10-bit.mkv": dict(codec="libx265", pixels="yuv420p10le", x265_params=X265 + "0"),
