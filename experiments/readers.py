@@ -2,8 +2,8 @@
 
     python -m experiments.readers              hours; writes experiments/readers.md (Linux on x86-64)
 
-The truth is a decode from the start by PyAV's FFmpeg, on one thread. Each reader reads in a process of its own.
-Packages, files and cells are kept in runs/readers: run again, it goes on; delete the folder to begin anew.
+The truth is a decode from the start by PyAV's FFmpeg, on one thread. Each reader has a process of its own.
+Packages, files and cells stay in runs/readers, where a second call goes on; delete the folder to begin anew.
 """
 
 import json
@@ -13,7 +13,6 @@ import re
 import resource
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,8 +23,8 @@ from experiments.numbered_videos import decode_all, look, make_files
 
 WORK = Path("runs/readers")
 SECONDS = {"frames": 4, "time": 60}  # of the files for the two tables
-ROUNDS, CLIPS = 3, 3  # of timed clips per reader and file
-TIMEOUT, TOLERANCE = 900, 8  # seconds; grey levels
+ROUNDS, CLIPS = 3, 3  # timed clips per reader and file
+TOLERANCE = 8  # grey levels
 PYAV_LIBS, LINKS = Path(av.__file__).parents[1] / "av.libs", WORK.absolute() / "ffmpeg"
 
 # The readers: a path -> functions that count the frames, read a list of indices, and close the file --------
@@ -75,8 +74,8 @@ def read_imageio_ffmpeg(path):
 def read_imageio_pyav(path):
     import imageio.v3
     video = imageio.v3.imopen(path, "r", plugin="pyav")
-    read = partial(video.read, thread_count=1)
-    return lambda: video.properties().shape[0], each(lambda i: read(index=i)), video.close
+    read = each(lambda i: video.read(index=i, thread_count=1))
+    return lambda: video.properties().shape[0], read, video.close
 
 
 def read_moviepy(path):
@@ -140,34 +139,26 @@ READERS = {  # name: (packages, function)
     "moviepy": (f"moviepy==2.2.1 {IMAGEIO} decorator==5.3.1 proglog==0.1.12 python-dotenv==1.2.4 "
                 "tqdm==4.70.1", read_moviepy),
     "video-reader-rs": ("video-reader-rs==0.4.5", read_video_reader),
-    "pims": (f"pims==0.7 {IMAGEIO} slicerator==1.1.0 tifffile==2026.3.3 packaging==26.4",
-             read_pims),
+    "pims": (f"pims==0.7 {IMAGEIO} slicerator==1.1.0 tifffile==2026.3.3 packaging==26.4", read_pims),
     "PyAV, seek and decode": ("", read_pyav)}
 
 # The measurements, each in a process of its own ------------------------------------------------------------
 
 def read_all(open_file, path, frames):
-    """Reads every index, one by one, in random order and then, with the file opened again, in rising order.
-
-    Of a reader that counts 0 frames, because it does not know better, the indices of all `frames`.
-    """
-    answers, turns, errors = [], [0], [0]
+    """Looks at each index, read alone: in random order, then, with the file opened again, in rising order."""
+    passes = []
     for shuffled in (True, False):
         count, read, close = open_file(path)
-        length, numbers = int(count()), {}
-        asked = range(length or int(frames))
+        length, seen = int(count()), {}
+        asked = range(length or int(frames))  # a reader that counts 0 frames does not know better
         for i in random.Random(0).sample(asked, len(asked)) if shuffled else asked:
             try:
-                numbers[i], turn, error = look(read([i])[0])
+                seen[i] = look(read([i])[0])
             except Exception as problem:
-                numbers[i] = type(problem).__name__
-                continue
-            if numbers[i] is not None:
-                turns.append(turn)
-                errors.append(error)
-        answers.append([numbers[i] for i in asked])
+                seen[i] = type(problem).__name__, None, None
+        passes.append([seen[i] for i in asked])
         close()
-    return dict(length=length, answers=answers, turned=median(turns) > 0, error=median(errors))
+    return length, *passes
 
 
 def processor_time():
@@ -196,16 +187,13 @@ def ask(name, task, path, *arguments):
     libraries = ":".join(map(str, [*folder.glob("*.libs"), LINKS, PYAV_LIBS]))  # of video-reader-rs, too
     environment = dict(os.environ, PYTHONPATH=str(folder), LD_LIBRARY_PATH=libraries, OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "experiments.readers", name, task, str(path), *map(str, arguments)]
-    try:
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return "hangs"
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
     return "crashes" if process.returncode else json.loads(process.stdout.splitlines()[-1])
 
 
-def answer(name, task, path, *arguments):
+def answer(name, task, *arguments):
     try:
-        result = dict(read_all=read_all, read_clips=read_clips)[task](READERS[name][1], path, *arguments)
+        result = {"read_all": read_all, "read_clips": read_clips}[task](READERS[name][1], *arguments)
     except Exception as error:
         result = type(error).__name__
     print("\n" + json.dumps(result))
@@ -232,30 +220,33 @@ def install():
 def frames_cell(result, truth):
     if isinstance(result, str):
         return result
-    shuffled, rising = result["answers"]
-    wrong = sum(number != true for number, true in zip(shuffled, truth + [-1] * len(shuffled)))
-    faults = " o" * (shuffled != rising) + " c" * (result["error"] > TOLERANCE) + " r" * result["turned"]
-    return f"{result['length']} / {wrong}{faults}"
+    length, shuffled, rising = result
+    numbers, again = ([number for number, _, _ in seen] for seen in (shuffled, rising))
+    looks = [(turn, error) for _, turn, error in shuffled + rising if turn is not None] or [(0, 0)]
+    turn, error = map(median, zip(*looks))
+    wrong = sum(number != true for number, true in zip(numbers, truth + [-1] * len(numbers)))
+    cell = f"{length} / {wrong}" + " o" * (numbers != again) + " c" * (error > TOLERANCE) + " r" * (turn > 0)
+    return f"**{cell}**" if cell == f"{len(truth)} / 0" else cell
 
 
-def time_readers(path, names):
+def time_row(path, names):
     """-> {name: median processor time in ms}; the readers take turns."""
-    results, truth = {name: [] for name in names}, json.dumps(decode_all(path))
+    clips, truth = {name: [] for name in names}, json.dumps(decode_all(path))
     for seed in range(ROUNDS):
         for name in names:
-            clips = ask(name, "read_clips", path, truth, seed)
-            results[name] += [(0, False)] if isinstance(clips, str) else clips
-    return {name: round(median(ms for ms, _ in clips), 1) if all(right for _, right in clips) else "wrong"
-            for name, clips in results.items()}
+            result = ask(name, "read_clips", path, truth, seed)
+            clips[name] += [(0, False)] if isinstance(result, str) else result
+    times = {name: median(ms for ms, _ in clips[name]) for name in names if all(ok for _, ok in clips[name])}
+    cells = {name: f"{time:.1f}" for name, time in times.items()}
+    if times:
+        fastest = min(times, key=times.get)
+        cells[fastest] = f"**{cells[fastest]}**"
+    return {name: cells.get(name, "wrong") for name in names}
 
 
-def table(rows, best):
-    """Markdown of {kind: {column: cell}}, with the cells in bold that `best(row)` names."""
+def table(rows):
     lines = [f"| file | {' | '.join(READERS)} |", "|---" * (len(READERS) + 1) + "|"]
-    for kind, row in rows.items():
-        best_names = best(row)
-        cells = (f"**{row[name]}**" if name in best_names else str(row.get(name, "")) for name in READERS)
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    lines += [f"| {kind} | {' | '.join(row.get(name, '') for name in READERS)} |" for kind, row in rows.items()]
     return "\n".join(lines)
 
 
@@ -267,57 +258,44 @@ TEXT = """# Which frame does a reader return for index i?
 
 A cell: how many frames the reader counts / for how many of these indices (of all, where it counts none) it
 returns another frame than a decode from the start, or none. Each index is read alone, in random order. `o`:
-the frame depends on what was read before; `c`: a colour is more than {tolerance} grey levels off what the
-tags say; `r`: not upright. Bold: all right. A name: the error. "cut by stream copy": `ffmpeg -ss ... -c copy`.
+the frame depends on earlier reads; `c`: a colour is more than {tolerance} grey levels off what the tags say;
+`r`: not upright. Bold: all right. A name: the error. "cut by stream copy": `ffmpeg -ss ... -c copy`.
 
 {frames}
 
 ## Processor time
 
-Milliseconds to open a file of {seconds} s, to read 16 frames, every fourth from a random one on, and to close it:
-medians of {clips} clips, the readers taking turns, on one thread if they can be told so. Measured where the table
-above is right; `wrong`: other frames here. Bold: the least.
+Milliseconds to open a file of {seconds} s, read 16 frames, every fourth from a random one on, and close it:
+medians of {clips} clips. The readers take turns, on one thread where they can. Measured where the table above
+is right; `wrong`: other frames here. Bold: the least.
 
 {time}
 
-Packages: {packages}; PyAV {pyav}. torchcodec uses the FFmpeg {ffmpeg} of PyAV's wheel. The files are made by
-imageio-ffmpeg's.
+Packages: {packages}; PyAV {pyav}.
+torchcodec uses the FFmpeg {ffmpeg} of PyAV's wheel. imageio-ffmpeg's FFmpeg makes the files.
 """
-
-
-def right(row):
-    return [name for name in READERS if row.get(name) == f"{row['frames']} / 0"]
-
-
-def fastest(row):
-    times = {name: row[name] for name in READERS if isinstance(row.get(name), float)}
-    return [name for name in times if times[name] == min(times.values())]
 
 
 def main():
     ffmpeg, file = install(), WORK / "cells.json"
-    cells = json.loads(file.read_text()) if file.exists() else {name: {} for name in SECONDS}
+    cells = json.loads(file.read_text()) if file.exists() else {"frames": {}, "time": {}}
+    packages = {package for requirements, _ in READERS.values() for package in requirements.split()}
     for name, seconds in SECONDS.items():
         for kind, path in make_files(WORK / name, seconds, ffmpeg).items():
-            row = cells[name].setdefault(kind, {})
-            missing = [reader for reader in READERS if reader not in row]
-            if name == "time":
-                missing = [reader for reader in missing if reader in right(cells["frames"][kind])]
-                row |= time_readers(path, missing)
-            elif missing:
+            if kind not in cells[name] and name == "frames":
                 truth = decode_all(path)
-                results = ThreadPoolExecutor(os.cpu_count()).map(
-                    lambda reader: ask(reader, "read_all", path, len(truth)), missing)
-                row |= {reader: frames_cell(result, truth) for reader, result in zip(missing, results)}
-                row["frames"] = len(truth)
-            print(name, kind, row, flush=True)
+                cells[name][kind] = {reader: frames_cell(ask(reader, "read_all", path, len(truth)), truth)
+                                     for reader in READERS}
+            elif kind not in cells[name]:
+                right = [reader for reader, cell in cells["frames"][kind].items() if cell.startswith("**")]
+                cells[name][kind] = time_row(path, right)
+            print(name, kind, cells[name][kind], flush=True)
             file.write_text(json.dumps(cells))
-            packages = sorted({word for requirements, _ in READERS.values() for word in requirements.split()})
             Path("experiments/readers.md").write_text(TEXT.format(
-                frames=table(cells["frames"], right), time=table(cells["time"], fastest), tolerance=TOLERANCE,
-                seconds=SECONDS["time"], clips=ROUNDS * CLIPS, packages=", ".join(packages), pyav=av.__version__,
-                ffmpeg=av.ffmpeg_version_info))
+                frames=table(cells["frames"]), time=table(cells["time"]), tolerance=TOLERANCE,
+                seconds=SECONDS["time"], clips=ROUNDS * CLIPS, packages=", ".join(sorted(packages)),
+                pyav=av.__version__, ffmpeg=av.ffmpeg_version_info))
 
 
 if __name__ == "__main__":
-    answer(*sys.argv[1:]) if sys.argv[1:] else main()
+    main() if len(sys.argv) == 1 else answer(*sys.argv[1:])
