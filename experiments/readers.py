@@ -32,19 +32,19 @@ PYAV_LIBS, LINKS = Path(av.__file__).parents[1] / "av.libs", WORK.absolute() / "
 def read_cmaev(path):
     import cmaev
     video = cmaev.Video(path)
-    return video.__len__, video.read, do_nothing
+    return video.__len__, video.read, lambda: None
 
 
 def read_torchcodec(path, mode):
     from torchcodec.decoders import VideoDecoder
     video = VideoDecoder(path, seek_mode=mode, dimension_order="NHWC", num_ffmpeg_threads=1)
-    return video.__len__, lambda indices: video.get_frames_at(indices).data, do_nothing
+    return video.__len__, lambda indices: video.get_frames_at(indices).data, lambda: None
 
 
 def read_decord(path):
     import decord
     video = decord.VideoReader(path, num_threads=1)
-    return video.__len__, lambda indices: video.get_batch(indices).asnumpy(), do_nothing
+    return video.__len__, lambda indices: video.get_batch(indices).asnumpy(), lambda: None
 
 
 def read_opencv(path):
@@ -87,7 +87,7 @@ def read_moviepy(path):
 def read_video_reader(path):
     from video_reader import PyVideoReader
     video = PyVideoReader(path, threads=1)
-    return video.__len__, video.get_batch, do_nothing
+    return video.__len__, video.get_batch, lambda: None
 
 
 def read_pims(path):
@@ -118,10 +118,6 @@ def read_pyav(path):
 
 def each(read):
     return lambda indices: [read(i) for i in indices]
-
-
-def do_nothing():
-    pass
 
 
 IMAGEIO = "imageio==2.38.1 imageio-ffmpeg==0.8.1 pillow==11.3.0"
@@ -246,7 +242,8 @@ def time_row(path, names):
 
 def table(rows):
     lines = [f"| file | {' | '.join(READERS)} |", "|---" * (len(READERS) + 1) + "|"]
-    lines += [f"| {kind} | {' | '.join(row.get(name, '') for name in READERS)} |" for kind, row in rows.items()]
+    for kind, row in rows.items():
+        lines.append(f"| {kind} | {' | '.join(row.get(name, '') for name in READERS)} |")
     return "\n".join(lines)
 
 
