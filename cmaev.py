@@ -1035,11 +1035,11 @@ class Video:
                 yield packet
 
     def _index_packets(self):
-        """Sets the times of all frames and of the key frames, if they can be trusted.
+        """Sets the times of the shown frames and of all key frames, if they can be trusted.
 
         Conditions [choice]: the format has a timestamp per frame and the codec a frame per packet; no packet is
         damaged; times are distinct and, with B-frames, not in rising order; the first packet is a key frame, the
-        decoder shows it, and no frame comes before it. Frames that an edit list discards do not count.
+        decoder shows it (H.264, HEVC), and no frame comes before it. Frames that an edit list discards are ignored.
         """
         codec, packets = self.stream.codec.canonical_name, []
         if self.container.format.name.split(",")[0] not in INDEXED or codec not in ONE_TO_ONE:
@@ -1067,11 +1067,11 @@ class Video:
         self.length, self.size = len(self.times), (self.codec.width, self.codec.height)
 
     def _read_by_seeking(self, wanted):
-        """The wanted frames, or fewer where a frame contradicts the index or is damaged: {index: image}.
+        """{index: image} of the wanted frames; fewer at an early end; {} if a frame is damaged or not in the index.
 
-        FFmpeg fills a damaged frame from others, also from those that are left out here. Frames that lie close
-        together, or in one group of pictures, take one seek and one forward pass. It must begin with the key
-        frame, and its times must be in the index, rise, and miss no wanted frame.
+        FFmpeg conceals damage with other frames, some of which are skipped here. Frames that lie close together, or
+        in one group of pictures, take one seek and one forward pass. A pass must begin with the key frame, or the
+        first kept frame after it; its times must be in the index, rise, and miss no wanted frame.
         """
         key_before = lambda i: self.keys[bisect_right(self.keys, self.times[i]) - 1]
         frames, missing = {}, list(wanted)
@@ -1091,7 +1091,7 @@ class Video:
                 if i == missing[0]:
                     frames[missing.pop(0)] = self._to_rgb(frame)
                 if not missing or key_before(missing[0]) > self.times[min(i + 16, self.length - 1)]:
-                    break  # only beyond a decoder's delay, 16 frames, is a seek worth its time
+                    break  # a seek pays only beyond a decoder's delay, 16 frames
                 lowest, highest = i + 1, missing[0]
             else:
                 return frames

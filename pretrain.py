@@ -298,11 +298,11 @@ def main():
 
 
 def effective_rank(features):
-    """The effective number of directions of features [N, D]: 1 (collapsed) to min(N - 1, D). NaN without features.
+    """The effective number of directions of features [N, D]: 1 (collapsed) to min(N - 1, D).
 
     The exponential of the entropy of their covariance's normalised eigenvalues. Rows that are not finite are
-    left out. Features that differ by less than 0.1 % of their length count as collapsed, as the rounding that
-    tells them apart has many directions.
+    left out; NaN for fewer than two. Features that differ by less than 0.1 % of their length count as collapsed:
+    rounding alone has many directions.
     """
     features = features[features.isfinite().all(dim=1)].double()
     if len(features) < 2:

@@ -2,8 +2,8 @@
 
     python -m experiments.factors scenes none runs/scenes-mae-0 runs/scenes-cmaev-0
 
-For each run, or the untrained encoder, on the data of experiments/ablation.sh: the effective rank of the features; top-1
-of a linear probe with 1,000 labels; of test videos, the share whose nearest training video (cosine) has the same class;
+For each run, or the untrained encoder, on the data of experiments/ablation.sh: the effective rank of the features;
+top-1 of a linear probe with 1,000 labels; of test videos, the share whose nearest training video (cosine) has the same class;
 and how far the two agree in background colour and in the displacement of the bright spot: 1 minus the mean squared
 difference over that of random pairs.
 """

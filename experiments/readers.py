@@ -1,4 +1,4 @@
-"""Measures which frames people's video readers return for index i, in 26 kinds of file, and at what cost.
+"""Measures which frames common video readers return for index i, in 26 kinds of file, and at what cost.
 
     python -m experiments.readers              hours; writes experiments/readers.md (Linux on x86-64)
 
@@ -22,7 +22,7 @@ import av
 from experiments.numbered_videos import decode_all, look, make_files
 
 WORK = Path("runs/readers")
-SECONDS = {"frames": 4, "time": 60}  # of the files for the two tables
+SECONDS = {"frames": 4, "time": 60}  # length of each table's files
 ROUNDS, CLIPS = 3, 3  # timed clips per reader and file
 TOLERANCE = 8  # grey levels
 PYAV_LIBS, LINKS = Path(av.__file__).parents[1] / "av.libs", WORK.absolute() / "ffmpeg"
@@ -146,7 +146,7 @@ def read_all(open_file, path, frames):
     for shuffled in (True, False):
         count, read, close = open_file(path)
         length, seen = int(count()), {}
-        asked = range(length or int(frames))  # a reader that counts 0 frames does not know better
+        asked = range(length or int(frames))  # counts 0: try all frames
         for i in random.Random(0).sample(asked, len(asked)) if shuffled else asked:
             try:
                 seen[i] = look(read([i])[0])
@@ -180,7 +180,7 @@ def ask(name, task, path, *arguments):
     """The answer of a task in a process with the reader's packages, or the name of what went wrong."""
     requirements, _ = READERS[name]
     folder = WORK.absolute() / (requirements.split() or ["none"])[0]
-    libraries = ":".join(map(str, [*folder.glob("*.libs"), LINKS, PYAV_LIBS]))  # of video-reader-rs, too
+    libraries = ":".join(map(str, [*folder.glob("*.libs"), LINKS, PYAV_LIBS]))  # *.libs: video-reader-rs's
     environment = dict(os.environ, PYTHONPATH=str(folder), LD_LIBRARY_PATH=libraries, OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "experiments.readers", name, task, str(path), *map(str, arguments)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -254,7 +254,7 @@ TEXT = """# Which frame does a reader return for index i?
 ## Frames
 
 A cell: how many frames the reader counts / for how many of these indices (of all, where it counts none) it
-returns another frame than a decode from the start, or none. Each index is read alone, in random order. `o`:
+returns another frame than PyAV's decode from the start, or none. Each index is read alone, in random order. `o`:
 the frame depends on earlier reads; `c`: a colour is more than {tolerance} grey levels off what the tags say;
 `r`: not upright. Bold: all right. A name: the error. "cut by stream copy": `ffmpeg -ss ... -c copy`.
 
@@ -264,7 +264,7 @@ the frame depends on earlier reads; `c`: a colour is more than {tolerance} grey 
 
 Milliseconds to open a file of {seconds} s, read 16 frames, every fourth from a random one on, and close it:
 medians of {clips} clips. The readers take turns, on one thread where they can. Measured where the table above
-is right; `wrong`: other frames here. Bold: the least.
+is right; `wrong`: other frames here, or an error. Bold: the least.
 
 {time}
 

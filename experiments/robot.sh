@@ -8,7 +8,7 @@
 #
 # As in experiments/ablation.sh: 1,000 videos to pre-train on, 500 others to test on; 30 labels for linear and k-NN
 # probes, 100 for fine-tuning. The rows still-* see the middle frame alone, with the untrained encoder and with
-# VideoMAE's. experiments/pairs.py names the measures. A row appends its lines at its end.
+# VideoMAE's. Measures: see pairs.py and ablation.sh. A row appends its lines at its end.
 set -euo pipefail
 export RESULTS=${1:?give the file of results} OMP_NUM_THREADS=1
 export COMMON="--recipe demo --rate 5 --workers 0"  # rate 5: 36 of the 48 frames

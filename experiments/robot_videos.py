@@ -1,4 +1,4 @@
-"""Renders labelled videos of a robot arm from Meta-World's scripted policies: ten classes in five opposite pairs.
+"""Renders labelled videos of a robot arm from Meta-World's scripted policies: five pairs of opposite tasks.
 
     pip install metaworld==3.1.1 mujoco==3.3.0 packaging     and Debian's libosmesa6; on a GPU MUJOCO_GL=egl
     python -m experiments.robot_videos data/robot            run again, it goes on where it stopped
@@ -6,8 +6,8 @@
 Writes data/robot/{train,val}/class/*.mp4 (H.264), the lists train.txt and val.txt, and the same in data/robot/still,
 where a video is its middle frame alone. Labels 2k and 2k + 1 are a pair: one scene, two directions. A video shows the
 object's way over a random 70 to 100 % of a given distance, at even steps of time. Half of the videos are episodes of
-the pair's other task played backwards: without the direction a frame tells nothing of the class but the pair. The
-goal's marker is hidden. Video i of a split is a pure function of (seed, split, i) on one machine.
+the pair's other task played backwards: a single frame tells the pair but not the class. The goal's marker is hidden.
+Video i of a split is a pure function of (seed, split, i) on one machine.
 """
 
 import functools
@@ -34,21 +34,21 @@ try:
 except ImportError as error:
     sys.exit(f"{error}: pip install metaworld==3.1.1 mujoco==3.3.0 packaging")
 
-SCENES = (  # two tasks; the object's coordinate, a column of qpos, or None: its distance from the machine; from
-    # where to where it goes in the first task, metres or radians; where the cameras look
+SCENES = (  # two tasks; the qpos column of the object's coordinate, None: the mug's distance to a point before the
+    # machine; its first and last value in the first task, metres or radians; where the cameras look
     ("drawer-open", "drawer-close", 9, (-0.02, -0.14), (0, 0.7, 0.1)),
     ("door-open", "door-close", 9, (-0.15, -1.25), (-0.05, 0.72, 0.15)),
     ("window-open", "window-close", 9, (0.015, 0.185), (0, 0.75, 0.15)),
     ("plate-slide", "plate-slide-back", 10, (0.03, 0.13), (0, 0.7, 0.05)),
     ("coffee-push", "coffee-pull", None, (0.13, 0.05), (0, 0.7, 0.1)))
 TASKS = [(task, *rest) for first, second, *rest in SCENES for task in (first, second)]
-PLACES = {  # corners of the box that an episode's places are drawn from, where Meta-World's tell the class
+PLACES = {  # corners of the box of start positions, where Meta-World's own box tells the class
     "window-close": ((-0.1, 0.7, 0.16), (0.1, 0.9, 0.16)),
     "plate-slide": ((0, 0.6, 0, -0.05, 0.85, 0), (0, 0.6, 0, 0.05, 0.9, 0)),
     "plate-slide-back": ((0, 0.85, 0, -0.05, 0.6, 0.015), (0, 0.85, 0, 0.05, 0.6, 0.015))}
 AZIMUTHS = (120, 145, 170)  # of the cameras, in degrees: on the arm's right
 ZOOM = 2  # a frame is rendered this much larger and averaged
-STEPS, AFTER, TRIES = 200, 20, 30  # simulated at most; after success; episodes, as a policy may fail
+STEPS, AFTER, TRIES = 200, 20, 30  # most steps; steps after success; most episodes per video
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def crossings(coordinate, start, end):
 
 def robot_video(label, rng, frames, side):
     """The frames of one video, uint8 [H, W, 3] each."""
-    played = label ^ int(rng.integers(2))  # the pair's task that runs, backwards if it is not the label's
+    played = label ^ int(rng.integers(2))  # the task that runs; played backwards if not the label's
     task, column, (near, far), look_at = TASKS[played]
     env, renderer, options = stage(task, side)
     length = rng.uniform(0.7, 1)
@@ -150,7 +150,7 @@ def main():
     add("--side", type=cmaev.COUNT, default=96, help="height and width, even; for recipe small: 128")
     add("--processes", type=cmaev.COUNT, default=os.cpu_count(), help="each takes 2 GB of memory")
     s = parser.parse_args()
-    settings = s.folder / f"seed-{s.seed}-{s.frames}x{s.side}x{s.side}"  # an empty folder
+    settings = s.folder / f"seed-{s.seed}-{s.frames}x{s.side}x{s.side}"  # its name records the settings
     if s.folder.exists() and not settings.exists():
         raise cmaev.CMAEVError(f"{s.folder} holds other files: give a new folder")
     settings.mkdir(parents=True, exist_ok=True)

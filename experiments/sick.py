@@ -50,7 +50,7 @@ def accumulated(model, *rows):
 
 
 def wrong_labels(path):
-    """The labels of a list in another order."""
+    """A list's labels in another order: of training and test videos."""
     videos, labels = zip(*read_labelled(path))
     return list(zip(videos, cmaev.subset(list(labels), len(labels), seed=0)))
 

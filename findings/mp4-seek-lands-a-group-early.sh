@@ -2,8 +2,8 @@
 # Guess: seeking backward to the exact presentation time of a key frame lands on that key frame.
 # Seen: in an mp4 of variable frame rate with B-frames, the seek lands on the key frame before, so that a whole group of
 # pictures is decoded for nothing, and a reader that expects its key frame gets another one. The same packets in
-# Matroska are found exactly; so are those of an mp4 at a constant rate. FFmpeg's mp4 index holds decoding times. From
-# the time asked for it subtracts one delay for the whole file, and in a file of variable rate that can be more than the
+# Matroska are found exactly; so are those of an mp4 at a constant rate. FFmpeg's mp4 index holds decoding times. It
+# subtracts one delay for the whole file from the time asked for; in a file of variable rate that can be more than the
 # key frame's own delay. Seeking to a time in the middle of the group finds its key frame.
 # Versions: PyAV 18.1.0 (FFmpeg 8.1).
 # Hurts: random access to screen recordings and to what phones record (PyAV, and whatever seeks by presentation time).

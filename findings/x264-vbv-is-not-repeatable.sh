@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Guess: libx264 makes the same file of the same frames and settings. Its option `non-deterministic`, off as a rule,
+# Guess: libx264 makes the same file from the same frames and settings. Its option `non-deterministic`, off as a rule,
 # trades repeatability for quality.
 # Seen: with a cap on the bit rate (vbv-maxrate, vbv-bufsize) and more than one thread, runs of the same encoder on the
-# same frames on the same machine give different bytes, if only because frames come slowly in one of them. A frame's
-# rate control looks at how far the threads of the frames before have come. With one thread, or without the cap, the
-# bytes are the same each time. (All runs here are without mbtree. With it, preset veryfast, crf 18 and four threads, 6
-# of 105 runs gave another file without any cap.)
+# same frames on the same machine give different bytes, for example if frames come slowly in one of them. A frame's
+# rate control looks at how far the threads of the frames before have come. With one thread, or without cap and mbtree,
+# the bytes are the same. (With mbtree, preset veryfast, crf 18 and four threads, 6 of 105 runs differed without a cap.
+# All runs here are without mbtree.)
 # Versions: libx264 core 165, in PyAV 18.1.0 with frame threads, as ffmpeg uses them.
 # Hurts: check sums of data sets, caches and tests that expect the bytes of an earlier run.
 # Source: x264's encoder/ratecontrol.c (predictions of frames in progress) against `x264 --fullhelp`.

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs pretrain.py under SLURM, one task per GPU, and again after each end of time. From the project's root:
+# Runs pretrain.py under SLURM, one task per GPU, and requeues it when its time is over. From the project's root:
 #
 #     sbatch tools/slurm.sh --recipe k400 --data k400/train.txt --compile
 #
