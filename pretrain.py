@@ -259,7 +259,7 @@ def main():
     num_micro_batches = cmaev.count_micro_batches(s, s.repeats)
     order = cmaev.batches(len(videos), s.batch_size // s.repeats, steps, s.seed, start, num_micro_batches)
     feed = cmaev.Feed(cmaev.loader(clips, s.workers, device, batch_sampler=order), device)
-    features = deque(maxlen=math.ceil(4096 / s.batch_size))  # of the last steps, about 4096 clips of all ranks
+    features = deque(maxlen=math.ceil(4096 / s.batch_size))  # of the last 4096 clips or so, over all ranks
     for step in range(start, steps):
         lr = cmaev.set_learning_rate(optimizer, s, step, per_epoch)
         losses, grad_norm, replaced = train_step(feed)
@@ -301,8 +301,8 @@ def effective_rank(features):
     """The effective number of directions of features [N, D]: 1 (collapsed) to min(N - 1, D).
 
     The exponential of the entropy of their covariance's normalised eigenvalues. Rows that are not finite are
-    left out; NaN for fewer than two. Features that differ by less than 0.1 % of their length count as collapsed:
-    rounding alone has many directions.
+    left out; NaN for fewer than two. Features that differ by less than 0.1 % of their length count as
+    collapsed: rounding alone has many directions.
     """
     features = features[features.isfinite().all(dim=1)].double()
     if len(features) < 2:
