@@ -1951,7 +1951,7 @@ def lock_run(folder):
         import fcntl
         fcntl.lockf(never_closed, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it, unlike flock's
     except BlockingIOError:
-        raise CMAEVError(f"{folder} is in use by another process: wait, or give another --out") from None
+        raise CMAEVError(f"{folder} is in use by another process: wait, or give another folder") from None
     except (ImportError, OSError):  # Windows; a file system without locks
         pass
 
