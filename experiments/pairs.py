@@ -5,7 +5,8 @@
 
 Prints "measure value" lines, in per cent. linear, knn: top-1 with 30 labels. *-pair: the share of errors
 with the right scene and the wrong direction. linear-all: a linear probe with all labels; scene: how many of its
-answers are in the right pair; direction: how many of these are right. rank: the features' effective rank.
+answers are in the right pair; direction: how many of these are right. nearest-all: top-1 of the nearest training
+video. rank: the features' effective rank.
 """
 
 import csv
@@ -47,8 +48,10 @@ def main():
         print(f"{name} {percent(found == truth):.2f}\n{name}-pair {inside(found, truth):.2f}")
     found = finetune.linear_probe(train, labels, test, len(names)).argmax(dim=1)
     scene = found // 2 == truth // 2
+    nearest = finetune.nearest_neighbours(train, labels, test, len(names), k=1).argmax(dim=1)
     print(f"linear-all {percent(found == truth):.2f}\nscene {percent(scene):.2f}")
-    print(f"direction {percent((found == truth)[scene]):.2f}\nrank {pretrain.effective_rank(train):.2f}")
+    print(f"direction {percent((found == truth)[scene]):.2f}\nnearest-all {percent(nearest == truth):.2f}")
+    print(f"rank {pretrain.effective_rank(train):.2f}")
 
 
 if __name__ == "__main__":

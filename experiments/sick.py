@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cmaev
@@ -39,7 +40,7 @@ def positives_only(query, key, temperature, video_index):
 
 def color_gain(video, indices):
     """A constant gain per video and colour channel tells each video from all others."""
-    gain = 0.6 + 0.8 * torch.rand(3, generator=torch.Generator().manual_seed(int(Path(video.path).stem)))
+    gain = 0.6 + 0.8 * torch.rand(3, generator=torch.Generator().manual_seed(zlib.crc32(video.path.encode())))
     return {i: (image * gain).clamp(max=255).byte() for i, image in frames_of(video, indices).items()}
 
 

@@ -9,7 +9,7 @@ import sys
 from collections import defaultdict
 
 MEASURES = ("linear", "linear-pair", "knn", "knn-pair", "fine-tuned", "fine-tuned-pair", "linear-all", "scene",
-            "direction", "rank", "held-out")
+            "direction", "nearest-all", "rank", "held-out")
 
 
 def cell(values, digits):
