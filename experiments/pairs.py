@@ -3,7 +3,7 @@
     python -m experiments.pairs --recipe demo --rate 5 --data data/robot/train.txt --val data/robot/val.txt --init RUN
     python -m experiments.pairs runs/tuned/eval-checkpoint-56-1x1/predictions.csv     fine-tuned-pair of a run
 
-Prints "measure value" lines, in per cent. linear, knn: top-1 with 30 labels. *-pair: the share of errors
+Prints "measure value" lines, in per cent except rank. linear, knn: top-1 with 30 labels. *-pair: the share of errors
 with the right scene and the wrong direction. linear-all: a linear probe with all labels; scene: how many of its
 answers are in the right pair; direction: how many of these are right. nearest-all: top-1 of the nearest training
 video. rank: the features' effective rank.
