@@ -1,11 +1,11 @@
-"""Probes like finetune.py's on the videos of robot_videos.py: what is known of the pair (labels 2k and 2k + 1)?
+"""Probes like finetune.py's on the videos of robot_videos.py: do the answers stay in the pair (labels 2k and 2k + 1)?
 
     python -m experiments.pairs --recipe demo --rate 5 --data data/robot/train.txt --val data/robot/val.txt --init RUN
     python -m experiments.pairs runs/tuned/eval-checkpoint-56-1x1/predictions.csv     fine-tuned-pair of a run
 
 Prints "measure value" lines, in per cent except rank. linear, knn: top-1 with 30 labels. *-pair: the share of errors
-with the right scene and the wrong direction. linear-all: a linear probe with all labels; scene: how many of its
-answers are in the right pair; direction: how many of these are right. nearest-all: top-1 of the nearest training
+with the right scene and the wrong direction. linear-all: a linear probe with all labels; scene: the share of its
+answers in the right pair; direction: the share of these that are right. nearest-all: top-1 of the nearest training
 video. rank: the features' effective rank.
 """
 

@@ -255,10 +255,11 @@ TEXT = """# Which frame does a reader return for index i?
 
 ## Frames
 
-A cell: frames that the reader counts / indices for which it returns no frame or another one than PyAV's decode
-from the start. It is asked for every index that it counts (0: for all), one at a time, in random order. `o`: in
-rising order it returns other frames; `c`: a colour is more than {tolerance} grey levels off what the tags say;
-`r`: not upright. Bold: all right. A name: the error. "cut by stream copy": `ffmpeg -ss ... -c copy`.
+A cell: the number of frames that the reader counts / the number of indices for which it returns no frame or a
+wrong one. The truth is PyAV's decode from the start. The reader is asked for every index that it counts (for all, if
+it counts none), one at a time, in random order. `o`: in rising order it returns other frames; `c`: in the median
+frame, a colour is more than {tolerance} grey levels off what the tags say; `r`: not upright. Bold: all right. A name:
+the error. "cut by stream copy": `ffmpeg -ss ... -c copy`.
 
 {frames}
 
