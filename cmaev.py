@@ -1101,11 +1101,12 @@ class Video:
         return frames
 
     def _decode(self, asked):
-        """Yields the frames from here to the end. Skips non-reference frames whose time is not in `asked`."""
+        """Yields the frames from here to the end. Skips those not in `asked` (times) that no other refers to."""
         for packet in self._packets():
             if self.stream.codec.canonical_name in SKIPPING:
                 self.codec.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
-            yield from self.codec.decode(packet)
+            if packet.pts in asked or not self.stream.codec.intra_only:
+                yield from self.codec.decode(packet)
         yield from self.codec.decode(None)
 
     def _decode_from_start(self):
