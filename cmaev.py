@@ -1102,10 +1102,11 @@ class Video:
 
     def _decode(self, asked):
         """Yields the frames from here to the end. Skips those not in `asked` (times) that no other refers to."""
+        codec = self.stream.codec
         for packet in self._packets():
-            if self.stream.codec.canonical_name in SKIPPING:
+            if codec.canonical_name in SKIPPING:
                 self.codec.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
-            if packet.pts in asked or not self.stream.codec.intra_only:
+            if packet.pts in asked or not codec.intra_only:
                 yield from self.codec.decode(packet)
         yield from self.codec.decode(None)
 
